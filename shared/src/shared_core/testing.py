@@ -8,7 +8,7 @@ that refuses network connections, the fixtures `tenfold_data` and `run_cli`, and
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", ""}
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail any test that connects to anything but this machine."""
     connect = socket.socket.connect
     resolve = socket.getaddrinfo
@@ -39,7 +39,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(socket, "getaddrinfo", guarded_resolve)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    yield
 
 
 @pytest.fixture
@@ -111,7 +110,7 @@ def run_gloo(target: Callable[..., None], folder: Path, *args: Any, world: int =
     """
     store, errors = folder / "gloo-store", folder / "gloo-errors"
     try:
-        torch.multiprocessing.spawn(
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
             _gloo_entry, (world, str(store), str(errors), target, args), nprocs=world
         )
     except Exception as error:
