@@ -42,6 +42,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def without_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let wrong arguments reach our own checks, as they do outside the tests."""
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
 def tenfold_data() -> Path:
     """The folder of real data named by ``TENFOLD_DATA``; skips the test where it is not set."""
     folder = os.environ.get("TENFOLD_DATA")
