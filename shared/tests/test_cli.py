@@ -1,5 +1,6 @@
 import errno
 import json
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -128,3 +129,17 @@ def test_tables_align_and_leave_gaps_for_none() -> None:
     assert lines[0] == "method      all  gain"
     assert lines[3] == "Focal-SAM  93.0  +1.1"
     assert format_table([]) == ""
+
+
+@pytest.mark.filterwarnings("default:the weights are flat")
+def test_warnings_are_one_line_without_a_place(run_cli: Callable[..., CliResult]) -> None:
+    """With --debug they are what the interpreter shows."""
+    app = new_app("tool", "A tool.")
+
+    @command(app)
+    def warn() -> None:
+        """Warn."""
+        warnings.warn("the weights are flat", stacklevel=1)
+
+    shown = run_cli(lambda argv: run_app(app, argv), "warn").stderr
+    assert shown == "tool: note: the weights are flat\n"

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -190,9 +191,12 @@ def run_app(app: typer.Typer, argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = app.info.name or "command"
     try:
-        outcome = typer.main.get_command(app).main(
-            args=list(arguments), prog_name=name, standalone_mode=False
-        )
+        with warnings.catch_warnings():
+            if "--debug" not in arguments:
+                warnings.showwarning = functools.partial(_note, name)
+            outcome = typer.main.get_command(app).main(
+                args=list(arguments), prog_name=name, standalone_mode=False
+            )
         code = outcome if isinstance(outcome, int) else 0
     except typer.Exit as stop:
         code = stop.exit_code
@@ -203,6 +207,11 @@ def run_app(app: typer.Typer, argv: Sequence[str] | None = None) -> int:
     if code == 130:
         say(f"{name}: interrupted")
     return code
+
+
+def _note(name: str, message: Warning | str, *where: Any, **more: Any) -> None:
+    """Show a warning as a line for a person, without the place in our code that raised it."""
+    say(f"{name}: note: {message}")
 
 
 def _value_given(error: Any, arguments: Sequence[str]) -> str:

@@ -51,7 +51,8 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     plain = [_local(g) for g in gradients if not is_dtensor(g)]
     for indices in _by_device_and_dtype(plain):
         norms += torch._foreach_norm([plain[i] for i in indices], 2, dtype=dtype)
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+    joined: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+    return joined
 
 
 @contextlib.contextmanager
