@@ -60,6 +60,7 @@ class SAMOptimizer(Optimizer):
         TypeError: If `base` is neither, or options come with a built optimizer.
 
     Example:
+        >>> import torch
         >>> from focal_sam import FocalSAM
         >>> model = torch.nn.Linear(4, 2)
         >>> method = FocalSAM(model, class_counts=[90, 10])

@@ -1,0 +1,95 @@
+"""Pages that mkdocs makes from what the repository already says.
+
+Nothing is written by hand per package: a method's page is its README, and each of its public
+modules gets a page of the API reference, made from its docstrings.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = {p.parent.name: p.parent for p in sorted(ROOT.glob("packages/*/pyproject.toml"))}
+PACKAGES = METHODS | {"shared-core": ROOT / "shared"}
+TEXTS = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/README.md": "benchmarks.md",
+}
+FILES = ["LICENSE", "CITATION.cff"]
+GALLERY = ROOT / "runs" / "gallery"
+
+
+def public_modules(package: Path) -> list[str]:
+    """The importable names of a package's public modules, the package itself first."""
+    source = package / "src"
+    names = []
+    for file in source.rglob("*.py"):
+        parts = file.relative_to(source).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        if not any(part.startswith("_") for part in parts):
+            names.append(".".join(parts))
+    return sorted(names)
+
+
+def page_of(target: str) -> str:
+    """The page of the site that shows a file or folder of the repository."""
+    for name, folder in PACKAGES.items():
+        path = folder.relative_to(ROOT).as_posix()
+        if target.rstrip("/") in (path, f"{path}/README.md"):
+            return f"methods/{name}.md"
+    return TEXTS.get(target, target)
+
+
+def with_links_to_pages(text: str) -> str:
+    """Point the links of a file in the root at the site's pages."""
+    return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", lambda m: f"]({page_of(m[1])})", text)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Make the navigation."""
+    config.nav = [
+        {"Home": "index.md"},
+        {"Methods": [{name: f"methods/{name}.md"} for name in PACKAGES]},
+        {
+            "API": [
+                {name: [{module: f"api/{module}.md"} for module in public_modules(folder)]}
+                for name, folder in PACKAGES.items()
+            ]
+        },
+        {
+            "Project": [
+                {"Contributing": "contributing.md"},
+                {"Benchmarks": "benchmarks.md"},
+                {"Changelog": "changelog.md"},
+                {"Security": "security.md"},
+            ]
+        },
+    ]
+    if (GALLERY / "index.html").is_file():
+        config.nav.insert(1, {"Gallery": "gallery/index.html"})
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+
+    def add(path: str, content: str | bytes) -> None:
+        files.append(File.generated(config, path, content=content))
+
+    for source, page in TEXTS.items():
+        add(page, with_links_to_pages((ROOT / source).read_text(encoding="utf-8")))
+    for name in FILES:
+        add(name, (ROOT / name).read_bytes())
+    for name, folder in PACKAGES.items():
+        add(f"methods/{name}.md", (folder / "README.md").read_text(encoding="utf-8"))
+        for module in public_modules(folder):
+            add(f"api/{module}.md", f"# `{module}`\n\n::: {module}\n")
+    for file in [*GALLERY.glob("index.html"), *GALLERY.glob("*.png")]:
+        add(f"gallery/{file.name}", file.read_bytes())
+    return files
