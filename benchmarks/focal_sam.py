@@ -202,7 +202,7 @@ def main() -> None:
     kind = device.type
     if arguments.cifar:
         result = cifar(arguments.epochs, device, arguments.methods.split(","))
-        name = f"focal_sam_cifar10lt_{kind}.json"
+        name = f"focal_sam-cifar10lt-{kind}.json"
     else:
         torch.manual_seed(0)
         network, small = resnet32_cifar(10).to(device), ManySmallTensors().to(device)
@@ -217,7 +217,7 @@ def main() -> None:
                 device=device,
             ),
         }
-        name = f"focal_sam_{kind}.json"
+        name = f"focal_sam-{kind}.json"
     result["environment"] = environment("focal-sam", "pytorch-optimizer")
     write_json(arguments.out / name, result)
     print(arguments.out / name)

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("datasets")
+
 import datasets
 import huggingface_hub
 import jaxtyping
 import numpy as np
 import PIL.Image
-import pytest
 
 from shared_core.data.loading import ImageDataset, load_images, load_rows, load_texts
 from shared_core.data.long_tail import class_counts

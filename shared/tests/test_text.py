@@ -139,7 +139,6 @@ def test_bytes_that_are_not_text() -> None:
             tokenizer.decode([65, wrong])
 
 
-@pytest.mark.smoke
 def test_bpe_is_lossless_and_repeatable() -> None:
     texts = [d.text for d in pydoc_documents("validation")]
     tokenizer = train_bpe(texts, 400)

@@ -1,6 +1,9 @@
 import os
 
 import pytest
+
+pytest.importorskip("accelerate")
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState

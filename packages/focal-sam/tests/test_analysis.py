@@ -319,6 +319,24 @@ def test_any_spectrum(values: list[float], k: int, seed: int) -> None:
     assert result.bottom["0"] == pytest.approx(bottom, rel=1e-3, abs=1e-5 * scale + 1e-12)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_both_ends_are_waited_for(sign: int) -> None:
+    # One end stands apart and is found at once, the other is crowded.
+    values = [-10.0 * sign, *[sign * 5 * i / 59 for i in range(60)]]
+    model = Quadratic([with_spectrum(values)])
+    results = {
+        which: class_hessian_eigs(model, one_of_each(1), criterion=pick, which=which)
+        for which in ("top", "bottom", "both")
+    }
+    for which in ("top", "both"):
+        assert results[which].top["0"] == pytest.approx([max(values)], rel=1e-3)
+    for which in ("bottom", "both"):
+        assert results[which].bottom["0"] == pytest.approx([min(values)], rel=1e-3)
+    easy, hard = ("bottom", "top") if sign > 0 else ("top", "bottom")
+    assert results[easy].products["0"] < results[hard].products["0"]
+    assert results["both"].products == results[hard].products
+
+
 def test_too_few_products_are_admitted() -> None:
     model = Quadratic([with_spectrum([float(i) for i in range(40)])])
     with pytest.warns(UserWarning, match="of 0 did not reach tol"):
@@ -414,6 +432,7 @@ def test_quadrature_gives_the_moments_of_the_hessian() -> None:
     model, (x, y) = mlp(), data()
     result = class_spectrum(model, [(x, y)], groups=GROUPS, samples=36, steps=8)
     for name, classes in GROUPS.items():
+        assert [len(nodes) for nodes in result.ritz_values[name]] == [8] * 36
         expected = Dense(model, x, y, classes).eigenvalues()
         for power in (1, 2):
             moments = [

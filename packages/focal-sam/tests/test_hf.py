@@ -1,8 +1,13 @@
+import importlib
 import itertools
 import json
 import os
+import sys
 
 import pytest
+
+pytest.importorskip("transformers")
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,16 +22,14 @@ from transformers import (
 
 from focal_sam.hf import FocalSAMTrainer
 from focal_sam.methods import SAM, FocalSAM
-from shared_core.errors import InputError
+from shared_core.errors import InputError, MissingExtraError
 from shared_core.testing import run_gloo
 
 COUNTS = [60, 30, 10]
 CLASSES = len(COUNTS)
 RHO, GAMMA, LAM = 0.3, 2.0, 0.9
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:'pin_memory' argument is set as true but no accelerator:UserWarning",
-)
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")
 
 
 def vit(dropout=0.0):
@@ -309,7 +312,7 @@ def test_accumulation_is_the_trainers_mean(make, accumulation, groups, shares, t
     losses = by_hand(reference, steps, shares)
     assert largest_difference(parameters(model), parameters(reference)) < 1e-12
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(losses, rel=1e-6)
+    assert logged == pytest.approx(losses, abs=6e-5)  # the log may hold four digits
 
 
 @pytest.mark.parametrize(
@@ -317,7 +320,7 @@ def test_accumulation_is_the_trainers_mean(make, accumulation, groups, shares, t
     [
         (vit, {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05}),
         (vit, {"gradient_accumulation_steps": 3, "average_tokens_across_devices": False}),
-        (vit, {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.2}),
+        (vit, {"label_smoothing_factor": 0.2}),
         (Plain, {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05}),
     ],
 )
@@ -343,7 +346,7 @@ def test_without_a_radius_it_is_the_plain_trainer(make, options, tmp_path):
     # The Trainer sums the smoothing term in float32.
     tolerance = 1e-8 if "label_smoothing_factor" in options else 1e-12
     assert largest_difference(*results) < tolerance
-    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    assert logs[1] == pytest.approx(logs[0], abs=1.1e-4)
 
 
 def test_clipping_acts_on_the_finished_gradient(tmp_path, gradient):
@@ -539,6 +542,13 @@ def test_a_new_model_gets_a_new_method(tmp_path):
     trainer.train()
     assert trainer.sharpness is not first
     assert trainer.sharpness.model is trainer.model_wrapped
+
+
+def test_the_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "focal_sam.hf")
+    with pytest.raises(MissingExtraError, match=r"focal-sam\[hf\]"):
+        importlib.import_module("focal_sam.hf")
 
 
 def test_refusals(tmp_path):

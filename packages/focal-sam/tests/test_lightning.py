@@ -1,4 +1,10 @@
+import importlib
+import sys
+
 import pytest
+
+pytest.importorskip("lightning")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from focal_sam.lightning import FocalSAMMixin
 from focal_sam.methods import SAM, FocalSAM
-from shared_core.errors import InputError
+from shared_core.errors import InputError, MissingExtraError
 
 COUNTS = [60, 30, 10]
 RHO, GAMMA, LAM = 0.3, 2.0, 0.9
@@ -318,11 +324,19 @@ def test_resumed_training_is_bit_identical(tmp_path):
     whole, _ = fit(3)
     _, runner = fit(1)
     runner.save_checkpoint(tmp_path / "one.ckpt", weights_only=False)
-    resumed, _ = fit(3, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    assert torch.load(tmp_path / "one.ckpt", weights_only=True)["sharpness_method"]["steps"] == 3
+    resumed, _ = fit(3, ckpt_path=tmp_path / "one.ckpt")
     assert difference(whole.layers, resumed.layers) == 0
     assert resumed.sharpness.state_dict() == whole.sharpness.state_dict()
     assert resumed.sharpness.steps == 9
     assert len(resumed.results) == 6
+
+
+def test_the_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "focal_sam.lightning")
+    with pytest.raises(MissingExtraError, match=r"focal-sam\[lightning\]"):
+        importlib.import_module("focal_sam.lightning")
 
 
 def test_messages_of_what_is_missing(tmp_path):

@@ -310,8 +310,10 @@ def tell(methods: dict[str, Any], seeds: int) -> str:
     lines.append(
         f"Accuracy: {difference['mean']:+.2f} points against SGD"
         + (f" (standard error {error:.2f}" if error else " (one seed")
-        + f"; a single run varies by about {sgd['overall']['std'] or float('nan'):.1f})."
+        + (f"; SGD's own standard deviation is {sgd['overall']['std']:.1f})." if error else ").")
     )
+    if seeds < 5:
+        lines.append("So few seeds say little about accuracy: leave out --quick for five.")
     better = [
         TITLES[m]
         for m, entry in methods.items()

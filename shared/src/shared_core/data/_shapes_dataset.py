@@ -90,9 +90,7 @@ class ShapesDataset(ImageDataset):
         counts = np.bincount(self.targets, minlength=len(self.class_names)).tolist()
         values = {
             name: [vocabulary[i] for i in np.unique(column) if i >= 0]
-            for (name, vocabulary), column in zip(
-                VOCABULARIES.items(), self.attrs.T, strict=True
-            )
+            for (name, vocabulary), column in zip(VOCABULARIES.items(), self.attrs.T, strict=True)
         }
         return {
             "seed": self.seed,
