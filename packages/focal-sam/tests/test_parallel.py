@@ -130,6 +130,7 @@ def fsdp2(rank: int, world: int) -> None:
             for layer in (model[0], model[2]):
                 fully_shard(layer)
             fully_shard(model)
+            model.set_requires_gradient_sync(False)  # as a loop that accumulates has it
             before = [p.full_tensor().clone() for p in model.parameters()]
             x, y = shard(rank, sizes)
             found = gradient(method_of, model, x.float(), y)

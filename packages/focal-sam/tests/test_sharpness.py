@@ -800,6 +800,26 @@ def test_works_inside_no_grad_and_with_autocast_in_the_closure() -> None:
     assert all(g.dtype == torch.float32 for g in gradients(model).values())
 
 
+def test_autocast_around_both_passes_sees_the_perturbed_weights() -> None:
+    """Autocast caches half-precision copies of weights while its block lasts."""
+    model, (x, y) = network(torch.float32), batch(dtype=torch.float32)
+    method = FocalSAM(model, COUNTS, 0.5)
+
+    def inside() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return losses(model, x, y)
+
+    expected = method.backward(inside, y).sharpness
+    found = gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = method.backward(lambda: losses(model, x, y), y).sharpness
+    assert expected > 0
+    torch.testing.assert_close(outside, expected)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, found[name])
+
+
 def test_checkpointed_models() -> None:
     from torch.utils.checkpoint import checkpoint
 

@@ -30,7 +30,7 @@ class Parallel:
     """
 
     def __init__(self, model: nn.Module | None, sync: str) -> None:
-        inner = _unwrapped(model)
+        self.model = inner = _unwrapped(model)
         self.ddp = inner if isinstance(inner, DistributedDataParallel) else None
         self.sharded = model is not None and any(is_dtensor(p) for p in model.parameters())
         if model is not None and any(
@@ -45,6 +45,18 @@ class Parallel:
     def alone(self) -> bool:
         """Whether this process may take a path that depends on its own batch."""
         return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+    def reduce_every_pass(self) -> None:
+        """With FSDP2, reduce gradients in each pass, also where a loop that accumulates waits.
+
+        The ascent gradient has to be reduced apart from what has been accumulated.
+        """
+        if self.sharded and self.model is not None:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_requires_gradient_sync(True, recurse=False)
 
     def unsynced(self) -> contextlib.AbstractContextManager[Any]:
         """Passes inside leave gradients in this process; DDP's next synced pass sends them."""

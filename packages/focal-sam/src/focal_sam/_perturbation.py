@@ -73,12 +73,15 @@ def moved(parameters: Sequence[Tensor], displacements: list[Tensor]) -> Iterator
         for indices in groups:
             torch._foreach_add_([places[i] for i in indices], [steps[i] for i in indices])
         del steps
+        # Autocast keeps half-precision copies of weights, which would still be those of θ.
+        torch.clear_autocast_cache()
         yield
     finally:
         # In place, so that flat buffers, CUDA graphs and fused optimizers keep their pointers, and
         # copied, because θ + ε - ε need not be θ.
         for indices in groups:
             torch._foreach_copy_([places[i] for i in indices], [copies[i] for i in indices])
+        torch.clear_autocast_cache()
 
 
 def displacements(

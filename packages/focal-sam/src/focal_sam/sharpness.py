@@ -391,6 +391,7 @@ class SharpnessMethod:
         parameters = self._parameters()
         if not parameters:
             raise ValueError("no parameter to perturb requires a gradient any more")
+        self._parallel.reduce_every_pass()
         idle = self.rho == 0 or all(b.uniform == 0 for b in batches)
         active = not idle and self.steps % self.interval == 0
         gradients = self._sweep_at_theta(batches, engine, active)
