@@ -351,6 +351,7 @@ def test_labels_on_a_device_are_read_only_when_asked() -> None:
         ClassWeights(values, check_labels=True)(target)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_labels_on_a_gpu_are_checked_when_asked() -> None:
     weights = FocalWeights([90, 10], check_labels=True)
