@@ -140,14 +140,22 @@ def fsdp2(rank: int, world: int) -> None:
                 assert torch.equal(p.full_tensor(), old)
 
 
-def all_cases(rank: int, world: int) -> None:
+def all_of_ddp(rank: int, world: int) -> None:
     """One pair of processes for all: starting them takes longer than what they do."""
-    for case in (ddp_local, ddp_bucket_views, ddp_global, ddp_accumulation, fsdp2):
+    for case in (ddp_local, ddp_bucket_views, ddp_global, ddp_accumulation):
         case(rank, world)
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    run_gloo(all_cases, tmp_path)
+    run_gloo(all_of_ddp, tmp_path)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream(), "record_event"),
+    reason=f"torch {torch.__version__} cannot run FSDP2 on a CPU",
+)
+def test_two_processes_with_fsdp2(tmp_path: Path) -> None:
+    run_gloo(fsdp2, tmp_path)
 
 
 def test_fsdp1_is_refused() -> None:
