@@ -403,14 +403,3 @@ def _comparison(methods: dict[str, Any]) -> Any:
     right.set_title("Curvature of the training loss: lower is flatter")
     right.legend(loc="upper left")
     return figure
-
-
-def per_seed(results: Sequence[dict[str, SeedResult]]) -> list[dict[str, Any]]:
-    """Per-seed results without the models, JSON-ready."""
-    return [
-        {
-            m: {k: getattr(r, k) for k in ("overall", "accuracy", "sharpness", "eigenvalue")}
-            for m, r in one.items()
-        }
-        for one in results
-    ]
