@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 
+def _dtensor() -> Any:
+    """The class of sharded tensors. Until something imports it, nothing can be one."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether `tensor` is sharded. Until something imports DTensor, nothing can be one."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    """Whether `tensor` is sharded."""
+    return isinstance(tensor, _dtensor())
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -20,6 +24,15 @@ def _local(tensor: Tensor) -> Tensor:
     here: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     here = here.detach()
     return torch.view_as_real(here) if here.is_complex() else here
+
+
+def _locals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`_local` of each. Plain real tensors come back as they are, to be used under no_grad.
+
+    With hundreds of small tensors, a view of each would cost more than the arithmetic.
+    """
+    sharded = _dtensor()
+    return [_local(t) if isinstance(t, sharded) or t.is_complex() else t for t in tensors]
 
 
 def _by_device_and_dtype(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -34,21 +47,26 @@ def scaled_gradient(gradient: Tensor, parameter: Tensor, eta: float) -> Tensor:
     return gradient * (parameter.detach().abs() + eta)
 
 
+@torch.no_grad()
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm over all elements of all tensors, in float32 (float64 if any is float64)."""
     device = gradients[0].device
     precise = any(g.dtype in (torch.float64, torch.complex128) for g in gradients)
     dtype = torch.float64 if precise else torch.float32
-    sharded = [g for g in gradients if is_dtensor(g)]
-    norms: list[Tensor] = []
+    kind = _dtensor()
     meshes: dict[Any, list[Tensor]] = {}
-    for gradient in sharded:
-        meshes.setdefault(gradient.device_mesh, []).append(gradient)  # type: ignore[attr-defined]
+    plain: list[Tensor] = []
+    for gradient in gradients:
+        if isinstance(gradient, kind):
+            meshes.setdefault(gradient.device_mesh, []).append(gradient)
+        else:
+            plain.append(gradient)
+    norms: list[Tensor] = []
     for members in meshes.values():
         wide = [g.to(dtype) for g in members]
         total: Any = torch.nn.utils.get_total_norm(wide)
         norms.append(total.full_tensor())
-    plain = [_local(g) for g in gradients if not is_dtensor(g)]
+    plain = _locals(plain)
     for indices in _by_device_and_dtype(plain):
         norms += torch._foreach_norm([plain[i] for i in indices], 2, dtype=dtype)
     joined: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
@@ -62,16 +80,21 @@ def moved(parameters: Sequence[Tensor], displacements: list[Tensor]) -> Iterator
     The list of displacements is emptied on entry: once applied they are not needed, and the
     second forward pass should have their memory.
     """
-    places = [_local(p) for p in parameters]
-    copies = [torch.empty_like(p) for p in places]
-    groups = list(_by_device_and_dtype(places))
-    for indices in groups:
-        torch._foreach_copy_([copies[i] for i in indices], [places[i] for i in indices])
+    places = _locals(parameters)
+    copies = [torch.empty_like(p, requires_grad=False) for p in places]
+    groups = [
+        ([places[i] for i in indices], [copies[i] for i in indices], indices)
+        for indices in _by_device_and_dtype(places)
+    ]
+    with torch.no_grad():
+        for here, kept, _ in groups:
+            torch._foreach_copy_(kept, here)
     try:
-        steps = [_local(d) for d in displacements]
+        steps = _locals(displacements)
         displacements.clear()
-        for indices in groups:
-            torch._foreach_add_([places[i] for i in indices], [steps[i] for i in indices])
+        with torch.no_grad():
+            for here, _, indices in groups:
+                torch._foreach_add_(here, [steps[i] for i in indices])
         del steps
         # Autocast keeps half-precision copies of weights, which would still be those of θ.
         torch.clear_autocast_cache()
@@ -79,11 +102,13 @@ def moved(parameters: Sequence[Tensor], displacements: list[Tensor]) -> Iterator
     finally:
         # In place, so that flat buffers, CUDA graphs and fused optimizers keep their pointers, and
         # copied, because θ + ε - ε need not be θ.
-        for indices in groups:
-            torch._foreach_copy_([places[i] for i in indices], [copies[i] for i in indices])
+        with torch.no_grad():
+            for here, kept, _ in groups:
+                torch._foreach_copy_(here, kept)
         torch.clear_autocast_cache()
 
 
+@torch.no_grad()
 def displacements(
     gradients: Sequence[Tensor],
     parameters: Sequence[Tensor],
@@ -113,14 +138,14 @@ def displacements(
     norm = global_norm(scaled)
     inverse = 1 / norm
     inverse = torch.where(inverse.isfinite() & norm.isfinite(), inverse, torch.zeros_like(norm))
-    result: list[Tensor] = [torch.empty(0)] * len(scaled)
+    result = _locals(scaled)
     groups: dict[Any, list[int]] = {}
     for index, gradient in enumerate(scaled):
-        key = (gradient.device, gradient.dtype, rho[index], is_dtensor(gradient))
+        key = (gradient.device, gradient.dtype, rho[index])
         groups.setdefault(key, []).append(index)
-    for (device, dtype, radius, _), indices in groups.items():
+    for (device, dtype, radius), indices in groups.items():
         factor = (inverse * radius).to(device)
-        members = [_local(scaled[i]) for i in indices]
+        members = [result[i] for i in indices]
         if dtype in (torch.float16, torch.bfloat16):
             # ρ / ||g|| need not fit a half; the product does.
             members = [m.float() for m in members]
@@ -129,15 +154,16 @@ def displacements(
         _clear_if(~norm.isfinite(), members)
         for index, member in zip(indices, members, strict=True):
             result[index] = member
-    for index, (parameter, is_adaptive) in enumerate(zip(parameters, adaptive, strict=True)):
-        place = _local(parameter)
+    places = _locals(parameters)
+    for index, (place, is_adaptive) in enumerate(zip(places, adaptive, strict=True)):
         if is_adaptive:
-            magnitude = parameter.detach().abs() + eta
+            magnitude = parameters[index].abs() + eta
             local = magnitude.to_local() if is_dtensor(magnitude) else magnitude  # type: ignore[attr-defined]
-            if parameter.is_complex():
+            if parameters[index].is_complex():
                 local = local.unsqueeze(-1)
             result[index] = result[index] * local
-        result[index] = result[index].to(place.dtype)
+        if result[index].dtype != place.dtype:
+            result[index] = result[index].to(place.dtype)
     return result, norm
 
 
