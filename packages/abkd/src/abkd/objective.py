@@ -457,7 +457,7 @@ def distillation_loss(
         >>> out.soft_weight, out.hard_weight
         (tensor([[0.2130, 0.6667]]), tensor([[0.7870, 0.3333]]))
         >>> out.loss.backward(); student.grad[0, 0]
-        tensor([-0.3107,  0.1554,  0.1554])
+        tensor([-0.3106,  0.1553,  0.1553])
     """
     check_pair(student_logits, teacher_logits)
     flat = detached_teacher(teacher_logits, detach_teacher).reshape(-1, teacher_logits.shape[-1])
