@@ -108,15 +108,20 @@ def ab_terms(
         return value.float(), w.float()
     # The direct form costs a third of the exact one and is as good unless p and q nearly agree;
     # asking which rows those are would make an accelerator wait, so there all rows are exact.
-    if lq.dtype != torch.float32 or lq.device.type != "cpu" or min(map(abs, exponents)) < _ZERO:
+    if lq.dtype != torch.float32 or lq.device.type != "cpu" or abs(alpha + beta) < _ZERO:
         return _ab_exact(lq, lp, alpha, beta)
-    x = torch.exp(lq * (alpha + beta))
-    total = x.sum(-1)
-    w = torch.exp((lp * alpha).add_(lq, alpha=beta)).neg_().add_(x).div_(alpha)
-    y = torch.mul(lp, alpha + beta, out=x).exp_()
-    value = ((y.sum(-1) - total) / (alpha + beta) + w.sum(-1)) / beta
-    # What cancels in the value, against the value.
-    condition = total * ((1 / abs(alpha + beta) + 1 / abs(alpha)) / abs(beta))
+    if min(abs(alpha), abs(beta)) < _ZERO:
+        values, w = _ab_far(lq, lp, _difference(lq, lp), alpha, beta)
+        value, condition = values.sum(-1), 2 * torch.exp(lq * (alpha + beta)).sum(-1)
+        condition /= (alpha + beta) ** 2
+    else:
+        x = torch.exp(lq * (alpha + beta))
+        total = x.sum(-1)
+        w = torch.exp((lp * alpha).add_(lq, alpha=beta)).neg_().add_(x).div_(alpha)
+        y = torch.mul(lp, alpha + beta, out=x).exp_()
+        value = ((y.sum(-1) - total) / (alpha + beta) + w.sum(-1)) / beta
+        condition = total * ((1 / abs(alpha + beta) + 1 / abs(alpha)) / abs(beta))
+    # What cancels in the value (`condition`), against the value.
     close = value < condition * (1e4 * torch.finfo(torch.float32).eps)
     if close.any():
         value[close], w[close] = _ab_exact(lq[close], lp[close], alpha, beta)
