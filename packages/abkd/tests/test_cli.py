@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("without_type_checks")
 def test_help_teaches(run_cli: Run) -> None:
     shown = run_cli(main, "--help")
     assert shown.code == 0
-    for name in ["demo", "train", "presets", "bench"]:
+    for name in ["demo", "train", "capture", "presets", "bench"]:
         assert name in shown.stdout
         assert run_cli(main, name, "--help").code == 0
 
@@ -67,9 +67,11 @@ def pair(tmp_path: Path) -> list[str]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train_bpe(text, 270), pad_token="<pad>", eos_token="<eos>"
     )
-    common: dict[str, Any] = dict(
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64
-    )
+    common: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
     torch.manual_seed(0)
     student = Qwen2ForCausalLM(
         Qwen2Config(vocab_size=288, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
@@ -92,6 +94,7 @@ def pair(tmp_path: Path) -> list[str]:
 
 
 def start(argv: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+    """The command in a process of its own, which can be killed."""
     environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(folder / "cache"))
     with (folder / "said.txt").open("w") as said:
         return subprocess.Popen(
@@ -105,8 +108,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
 ) -> None:
     from safetensors.torch import load_file
 
-    whole = start([*pair, "--out", "whole"], tmp_path)
-    assert whole.wait(300) == 0, (tmp_path / "said.txt").read_text()
+    whole = run_cli(main, *pair, "--out", tmp_path / "whole")
+    assert whole.code == 0, whole.stderr
     killed = start([*pair, "--out", "killed"], tmp_path)
     mark = tmp_path / "killed/checkpoints/checkpoint-10/complete.json"
     limit = time.monotonic() + 300
@@ -120,8 +123,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
     assert "continue it with --resume" in refused.stderr
     other = [*pair, "--out", tmp_path / "killed", "--resume", "--alpha", "0.5"]
     assert "give the same settings" in run_cli(main, *other).stderr
-    again = start([*pair, "--out", "killed", "--resume"], tmp_path)
-    assert again.wait(300) == 0, (tmp_path / "said.txt").read_text()
+    again = run_cli(main, *pair, "--out", tmp_path / "killed", "--resume")
+    assert again.code == 0, again.stderr
     one, two = (
         load_file(tmp_path / name / "student/model.safetensors") for name in ("whole", "killed")
     )
@@ -138,6 +141,31 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
     assert [json.loads(line).get("kd") for line in logs[0].splitlines()] == [
         json.loads(line).get("kd") for line in logs[1].splitlines()
     ]
+
+
+def test_capture_then_train_without_the_teacher(
+    pair: list[str], tmp_path: Path, run_cli: Run
+) -> None:
+    options = [*pair[3:7], "--k", "20", "--device", "cpu", "--out", "top"]
+    first = run_cli(main, "capture", *options, "--json")
+    assert first.code == 0, first.stderr
+    assert json.loads(first.stdout)["rows"] == 40
+    files = sorted(Path("top").glob("*.parquet"))
+    files[-1].unlink()
+    refused = run_cli(main, "capture", *options)
+    assert refused.code == 2
+    assert run_cli(main, "capture", *options, "--resume").code == 0
+    assert sorted(Path("top").glob("*.parquet")) == files
+    online = run_cli(main, *pair, "--max-steps", 2, "--out", "on", "--json")
+    assert online.code == 0, online.stderr
+    arguments = [*pair[:3], "--data", "top", *pair[7:], "--max-steps", 2, "--out", "off", "--json"]
+    offline = run_cli(main, *arguments)
+    assert offline.code == 0, offline.stderr
+    one, two = (json.loads(shown.stdout)["first"]["kd"] for shown in (online, offline))
+    assert one == pytest.approx(two, rel=0.2)  # the top 20 hold most of the teacher's mass
+    assert one != two
+    refused = run_cli(main, "capture", *options[:4], "--k", "9999", "--out", "other")
+    assert "accepted: 1 to" in refused.stderr
 
 
 def test_presets_and_plan(run_cli: Run) -> None:

@@ -27,7 +27,7 @@ def test_configs_and_models() -> None:
 
 
 def test_mismatch() -> None:
-    with pytest.raises(VocabularyMismatchError, match="from id 1 on: 'b' .student., 'c' .teacher."):
+    with pytest.raises(VocabularyMismatchError, match=r"id 1 on: 'b' .student., 'c' .teacher."):
         align_vocab(5, 5, Tokenizer("a", "b"), Tokenizer("a", "c", "b"))
     with pytest.raises(VocabularyMismatchError, match="5 rows and the teacher's 6"):
         align_vocab(5, 6, mode="strict")

@@ -37,7 +37,7 @@ class DemoSettings:
     contexts: int = 64
     classes: int = 200
     rank: int = 6
-    steps: int = 400
+    steps: int = 200
     lr: float = 0.05
 
 
@@ -91,7 +91,7 @@ def run_seed(
         z = left @ right + bias
         with warnings.catch_warnings(action="ignore"):  # exponents above 1 are meant
             losses = [ab_divergence(z[i], lp, a, b) for i, (a, b) in enumerate(pairs)]
-        torch.stack(losses).sum().backward()
+        torch.autograd.backward(torch.stack(losses).sum())
         optimizer.step()
         schedule.step()
     with torch.no_grad():

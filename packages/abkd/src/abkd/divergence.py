@@ -36,6 +36,7 @@ from abkd._checks import (
     check_pair,
     check_temperature,
     detached_teacher,
+    uncompiled,
     wants_grad,
     warn_no_valid,
 )
@@ -143,9 +144,7 @@ def _ab_exact(lq: Tensor, lp: Tensor, alpha: float, beta: float) -> tuple[Tensor
     return values.sum(-1), w
 
 
-def _ab_far(
-    lq: Tensor, lp: Tensor, d: Tensor, alpha: float, beta: float
-) -> tuple[Tensor, Tensor]:
+def _ab_far(lq: Tensor, lp: Tensor, d: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Summands and w in products of exponentials, which cannot overflow for α, β ≥ 0."""
     s = alpha + beta
     if abs(alpha) < _ZERO:
@@ -188,9 +187,7 @@ def _times(mass: Tensor, log: Tensor) -> Tensor:
     return (mass * log).masked_fill_(mass == 0, 0.0)
 
 
-def _ab_terms_each(
-    lq: Tensor, lp: Tensor, alpha: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor]:
+def _ab_terms_each(lq: Tensor, lp: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """`ab_terms` with exponents of each row ``[..., 1]``, in float64."""
     dtype = lq.dtype
     lq, lp, alpha, beta = (t.double() for t in (lq, lp, alpha, beta))
@@ -203,8 +200,10 @@ def _ab_terms_each(
         return torch.where(exponent == 0, 1.0, torch.exp(exponent * log))
 
     x, y = power(s, lq), power(s, lp)
-    crossed = x * torch.exp((alpha * d).clamp(max=0)) * torch.where(
-        alpha * d > 0, torch.exp((alpha * d).clamp(min=0, max=700)), 1.0
+    crossed = (
+        x
+        * torch.exp((alpha * d).clamp(max=0))
+        * torch.where(alpha * d > 0, torch.exp((alpha * d).clamp(min=0, max=700)), 1.0)
     )
     direct = torch.exp(alpha * lp + beta * lq)
     crossed = torch.where(direct.isfinite(), direct, crossed)
@@ -409,7 +408,7 @@ def _takes_rows(terms: object) -> bool:
     return isinstance(terms, _EachRow)
 
 
-@torch.compiler.disable
+@uncompiled
 def _reduced(
     student: Tensor,
     teacher: Tensor,

@@ -1,6 +1,6 @@
 """Distillers of image classifiers with any divergence in place of their KL.
 
-The paper's plug-in claim (AB-DKD, AB-LSD, AB-TTM): each method below is the original with (1, 0),
+The paper's plug-in claim (AB-DKD, AB-LSD, AB-TTM): each method below is the original with (1, 0)
 and its α-β version with other exponents. Conventions are those of the authors' code: the plain loss
 has no factor T² (its weight λ = 32 plays that part), DKD and LSD have it, TTM's student is at T = 1.
 """
@@ -104,7 +104,9 @@ def lsd_loss(
         (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-7)
         for x in (student_logits.float(), teacher_logits.float())
     ]
-    return ab_divergence(*scores, alpha, beta, temperature=temperature) * temperature**2
+    return (
+        ab_divergence(scores[0], scores[1], alpha, beta, temperature=temperature) * temperature**2
+    )
 
 
 def ttm_loss(

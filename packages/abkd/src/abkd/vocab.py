@@ -78,7 +78,8 @@ def align_vocab(
     vocabs = [t.get_vocab() for t in (student_tokenizer, teacher_tokenizer) if t is not None]
     if len(vocabs) == 2:
         _check_tokens(*vocabs)
-    return min(size, *(max(v.values()) + 1 for v in vocabs))
+    longest: list[int] = [max(v.values()) + 1 for v in vocabs]
+    return min(size, *longest)
 
 
 def _rows(source: Any) -> int:
