@@ -78,12 +78,6 @@ _GPT2: dict[str, Any] = {
     "alpha": 0.2,
     "beta": 0.7,
 }
-    "task": "language",
-    "teacher": "openai-community/gpt2-xl",
-    "data": DOLLY,
-    "alpha": 0.2,
-    "beta": 0.7,
-}
 _CIFAR: dict[str, Any] = {
     "task": "vision",
     "data": "uoft-cs/cifar100",

@@ -1,8 +1,8 @@
 """Distillers of image classifiers with any divergence in place of their KL.
 
-The paper's plug-in claim (AB-DKD, AB-LSD, AB-TTM): each method below is the original with (1, 0)
-and its α-β version with other exponents. Conventions are those of the authors' code: the plain loss
-has no factor T² (its weight λ = 32 plays that part), DKD and LSD have it, TTM's student is at T = 1.
+The paper's plug-in claim (AB-DKD, AB-LSD, AB-TTM): each method below is the original at (1, 0) and
+its α-β version elsewhere. Conventions are those of the authors' code: the plain loss has no factor
+T² (its weight λ = 32 plays that part), DKD and LSD have it, TTM's student is at T = 1.
 """
 
 from typing import Any
