@@ -162,7 +162,7 @@ def test_capture_then_train_without_the_teacher(
     offline = run_cli(main, *arguments)
     assert offline.code == 0, offline.stderr
     one, two = (json.loads(shown.stdout)["first"]["kd"] for shown in (online, offline))
-    assert one == pytest.approx(two, rel=0.05)  # nearly all tokens are listed
+    assert one == pytest.approx(two, rel=0.1)  # nearly all tokens are listed
     assert one != two
     refused = run_cli(main, "capture", *options[:4], "--k", "9999", "--out", "other")
     assert "accepted: 1 to" in refused.stderr
