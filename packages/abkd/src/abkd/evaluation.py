@@ -37,9 +37,9 @@ def final_answer(text: str) -> str:
         >>> [final_answer(t) for t in ("2 + 2 = 4\n#### 1,004", "The answer is: $7.50.", "or 3")]
         ['1004', '7.5', '3']
     """
-    marked = re.findall(r"(?:####|[Tt]he answer is:?)\s*([^\n]*)", text)
+    marked: list[str] = re.findall(r"(?:####|[Tt]he answer is:?)\s*([^\n]*)", text)
     tail = marked[-1] if marked else text
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", tail)
+    numbers: list[str] = re.findall(r"-?\d[\d,]*(?:\.\d+)?", tail)
     if not numbers:
         return tail.strip().rstrip(".") if marked else ""
     number = (numbers[0] if marked else numbers[-1]).replace(",", "")
