@@ -7,7 +7,7 @@ student with a short window can only add the operation to the result it sees, an
 after its own slip.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ BOS = 0
 
 @dataclass(frozen=True)
 class LedgerState:
-    """What decides the future: for the teacher place, total and last filler; for the student the window.
+    """What decides the future: place, total and filler for the teacher, the window for the student.
 
     Attributes:
         place: Index of the next token.
@@ -123,78 +123,77 @@ class Ledger:
 
     # The teacher on whole texts
 
-    def totals(self, ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-        """The true total after each token, whatever results were written."""
-        place = torch.arange(ids.shape[1])
-        digit = (ids >= 1) & (ids < self.first_op) & (place == 1)
-        at_op = (place >= 2) & ((place - 2) % self.period == self.fillers_per_round)
-        op = at_op & (ids >= self.first_op) & (ids < self.first_filler)
-        adds = torch.where(digit, ids - 1, 0) + torch.where(op, ids - self.first_op + 1, 0)
-        return adds.cumsum(-1) % self.modulus
+    def _next(
+        self, place: int, total: Int[Tensor, " B"], filler: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B V"]:
+        """π_T of the token at `place`, given the total and the last filler (-1: none)."""
+        B = len(total)
+        p = torch.zeros(B, self.vocab_size, dtype=torch.float64)
+        kind = self.kind(place)
+        if kind == "start":
+            p[:, 1 : self.first_op] = 1 / self.modulus
+        elif kind == "filler":
+            even = torch.full((1, self.fillers), 1 / self.fillers, dtype=torch.float64)
+            p[:, self.first_filler :] = torch.cat([self.chain, even])[filler]
+        elif kind == "op":
+            p[:, self.first_op : self.first_filler] = torch.tensor(self.ops, dtype=torch.float64)
+        else:
+            p[:, 1 : self.first_op] = self.slip / (self.modulus - 1)
+            p[torch.arange(B), 1 + total] = 1 - self.slip
+        return p
+
+    def _after(
+        self, place: int, token: Tensor, total: Tensor, filler: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Total and last filler after `token` was written at `place`, whether it fits or not."""
+        kind = self.kind(place)
+        if kind == "start":
+            total = torch.where((token >= 1) & (token < self.first_op), token - 1, 0)
+        elif kind == "filler":
+            filler = (token - self.first_filler).clamp(min=-1)
+        elif kind == "op":
+            fits = (token >= self.first_op) & (token < self.first_filler)
+            total = (total + torch.where(fits, token - self.first_op + 1, 0)) % self.modulus
+        return total, filler
+
+    def kind(self, place: int) -> str:
+        """What belongs at a place: ``start``, ``filler``, ``op`` or ``result``."""
+        if place == 1:
+            return "start"
+        kind = (place - 2) % self.period
+        if kind < self.fillers_per_round:
+            return "filler"
+        return "op" if kind == self.fillers_per_round else "result"
 
     def probs(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """π_T of the token after each prefix of `ids` (begin token first), float64."""
-        B, T = ids.shape
-        out = torch.zeros(B, T, self.vocab_size, dtype=torch.float64)
-        totals = self.totals(ids)
-        rows = torch.cat(
-            [self.chain, torch.full((1, self.fillers), 1 / self.fillers, dtype=torch.float64)]
-        )
-        last = torch.full((B,), -1)
-        for t in range(T):
-            kind = (t - 2) % self.period
-            if t >= 2 and kind < self.fillers_per_round:
-                seen = ids[:, t] - self.first_filler
-                last = torch.where(seen >= 0, seen, -1)
-            if t == 0:
-                out[:, 0, 1 : self.first_op] = 1 / self.modulus
-                continue
-            kind = (t - 1) % self.period
-            if kind < self.fillers_per_round:
-                out[:, t, self.first_filler :] = rows[last]
-            elif kind == self.fillers_per_round:
-                out[:, t, self.first_op : self.first_filler] = torch.tensor(
-                    self.ops, dtype=torch.float64
-                )
-            else:
-                out[:, t, 1 : self.first_op] = self.slip / (self.modulus - 1)
-                out[torch.arange(B), t, 1 + totals[:, t]] = 1 - self.slip
-        return out
+        total = torch.zeros(len(ids), dtype=torch.int64)
+        filler, found = total - 1, []
+        for t in range(ids.shape[1]):
+            if t:
+                total, filler = self._after(t, ids[:, t], total, filler)
+            found.append(self._next(t + 1, total, filler))
+        return torch.stack(found, 1)
+
+    def totals(self, ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+        """The true total after each token, whatever results were written."""
+        total = torch.zeros(len(ids), dtype=torch.int64)
+        filler, found = total - 1, [total]
+        for t in range(1, ids.shape[1]):
+            total, filler = self._after(t, ids[:, t], total, filler)
+            found.append(total)
+        return torch.stack(found, 1)
 
     def sample(self, count: int, generator: torch.Generator) -> Int[Tensor, "{count} T"]:
-        """Texts of the teacher."""
-        ids = torch.zeros(count, 1, dtype=torch.int64)
-        # What comes next depends on the total and the last filler: a short prefix is not enough,
-        # and the whole one is cheap, for the loop runs over places and not over texts.
-        states = [self.initial] * count
-        del states
-        chain = torch.cat(
-            [self.chain, torch.full((1, self.fillers), 1 / self.fillers, dtype=torch.float64)]
-        )
-        total, last = torch.zeros(count, dtype=torch.int64), torch.full((count,), -1)
+        """Texts of the teacher, begin token first."""
+        ids = torch.zeros(count, self.length, dtype=torch.int64)
+        total = torch.zeros(count, dtype=torch.int64)
+        filler = total - 1
         for place in range(1, self.length):
-            kind = (place - 2) % self.period
-            p = torch.zeros(count, self.vocab_size, dtype=torch.float64)
-            if place == 1:
-                p[:, 1 : self.first_op] = 1 / self.modulus
-            elif kind < self.fillers_per_round:
-                p[:, self.first_filler :] = chain[last]
-            elif kind == self.fillers_per_round:
-                p[:, self.first_op : self.first_filler] = torch.tensor(
-                    self.ops, dtype=torch.float64
-                )
-            else:
-                p[:, 1 : self.first_op] = self.slip / (self.modulus - 1)
-                p[torch.arange(count), 1 + total] = 1 - self.slip
-            token = torch.multinomial(p, 1, generator=generator)
-            ids = torch.cat([ids, token], 1)
-            token = token.squeeze(1)
-            if place == 1:
-                total = token - 1
-            elif kind < self.fillers_per_round:
-                last = token - self.first_filler
-            elif kind == self.fillers_per_round:
-                total = (total + token - self.first_op + 1) % self.modulus
+            p = self._next(place, total, filler)
+            token = torch.multinomial(p, 1, generator=generator).squeeze(1)
+            ids[:, place] = token
+            total, filler = self._after(place, token, total, filler)
         return ids
 
     # The teacher state by state (`bridge_garden.kappa.Process`)
@@ -210,30 +209,18 @@ class Ledger:
 
     def next_dist(self, state: LedgerState) -> Float[Tensor, " V"]:
         """π_T(·|state), float64."""
-        p = torch.zeros(self.vocab_size, dtype=torch.float64)
-        kind = (state.place - 2) % self.period
-        if state.place == 1:
-            p[1 : self.first_op] = 1 / self.modulus
-        elif kind < self.fillers_per_round:
-            p[self.first_filler :] = (
-                self.chain[state.filler] if state.filler >= 0 else 1 / self.fillers
-            )
-        elif kind == self.fillers_per_round:
-            p[self.first_op : self.first_filler] = torch.tensor(self.ops, dtype=torch.float64)
-        else:
-            p[1 : self.first_op] = self.slip / (self.modulus - 1)
-            p[1 + state.total] = 1 - self.slip
-        return p
+        total, filler = torch.tensor([state.total]), torch.tensor([state.filler])
+        return self._next(state.place, total, filler)[0]
 
     def step(self, state: LedgerState, token: int) -> LedgerState:
         """The state after a token; one that does not belong there takes the place all the same."""
         total, filler = state.total, state.filler
-        kind = (state.place - 2) % self.period
-        if state.place == 1:
+        kind = self.kind(state.place)
+        if kind == "start":
             total = token - 1 if 1 <= token < self.first_op else 0
-        elif kind < self.fillers_per_round:
+        elif kind == "filler":
             filler = token - self.first_filler if token >= self.first_filler else -1
-        elif kind == self.fillers_per_round and self.first_op <= token < self.first_filler:
+        elif kind == "op" and self.first_op <= token < self.first_filler:
             total = (total + token - self.first_op + 1) % self.modulus
         return LedgerState(state.place + 1, total, filler, (*state.window[1:], token))
 
@@ -293,6 +280,3 @@ class WindowStudent(nn.Module):
             token = torch.multinomial(p, 1, generator=generator).squeeze(1)
             padded[:, place - 1 + self.window] = token
         return padded[:, self.window - 1 :]
-
-
-Sampler = Callable[[int, torch.Generator], Tensor]
