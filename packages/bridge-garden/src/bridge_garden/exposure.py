@@ -135,7 +135,7 @@ def exposure_from_losses(
     )
 
 
-def _logits(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
+def model_logits(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits ``[B, T, V]`` of a transformers model or of any callable of ids."""
     if hasattr(model, "config"):
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -197,7 +197,7 @@ def sample(
             )
             past, logits = out.past_key_values, out.logits[:, -1]
         else:
-            logits = _logits(model, ids, mask)[:, -1]
+            logits = model_logits(model, ids, mask)[:, -1]
         p = torch.softmax(logits[:, :vocab].double().cpu() / temperature, -1)
         token = torch.multinomial(p, 1, generator=generator).to(ids.device)
         ids = torch.cat([ids, torch.where(alive.unsqueeze(1), token, 0)], 1)
@@ -231,13 +231,13 @@ def score(
         divergence: A name of `abkd.DIVERGENCES`.
         vocab: Cut both heads to this many classes.
     """
-    q = _logits(student, ids, mask)[:, start - 1 : -1, :vocab]
-    p = _logits(teacher, ids, mask)[:, start - 1 : -1, :vocab]
+    q = model_logits(student, ids, mask)[:, start - 1 : -1, :vocab]
+    p = model_logits(teacher, ids, mask)[:, start - 1 : -1, :vocab]
     valid = mask[:, start:]
     return abkd.divergence(divergence, q, p, mask=valid, reduction="none"), valid
 
 
-def _vocab(student: Model, teacher: Model, vocab: int | None) -> int | None:
+def shared_vocab(student: Model, teacher: Model, vocab: int | None) -> int | None:
     if vocab is not None or not (hasattr(student, "config") and hasattr(teacher, "config")):
         return vocab
     return abkd.align_vocab(student, teacher)
@@ -292,7 +292,7 @@ def exposure_bias(
         raise InputError("n_rollouts and batch_size have to be at least 1")
     if references is not None and len(references) != len(prompts):
         raise InputError(f"{len(references)} references for {len(prompts)} prompts; one each")
-    vocab = _vocab(student, teacher, vocab)
+    vocab = shared_vocab(student, teacher, vocab)
     modes = [(m, m.training) for m in (student, teacher) if isinstance(m, torch.nn.Module)]
     for module, _ in modes:
         module.eval()

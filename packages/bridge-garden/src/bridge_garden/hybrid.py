@@ -61,7 +61,7 @@ class HybridOutput:
 
 
 @dataclass
-class _Plan:
+class HybridPlan:
     """What both losses share: abkd's settings, and what is needed to finish."""
 
     labels: Tensor | None
@@ -113,7 +113,7 @@ class _Plan:
         return reduce_risk(share * each, share * ends, self.valid, out.n_valid, self.segments)
 
 
-def _plan(
+def plan_hybrid(
     shape: torch.Size,
     device: torch.device,
     labels: Tensor | None,
@@ -129,7 +129,7 @@ def _plan(
     n_valid: Tensor | float | None,
     at: StepInfo,
     statistics: tuple[str, ...],
-) -> _Plan:
+) -> HybridPlan:
     if hard_labels not in ("teacher_argmax", "labels", "both_agree"):
         raise InputError(
             f"hard_labels is {hard_labels!r}; accepted: teacher_argmax, labels, both_agree"
@@ -178,7 +178,7 @@ def _plan(
     )
     if exponents:
         settings["alpha"], settings["beta"] = exponents
-    return _Plan(labels, valid, risk, segments, hard_labels, settings)
+    return HybridPlan(labels, valid, risk, segments, hard_labels, settings)
 
 
 def _shifted(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -250,7 +250,7 @@ def hybrid_loss(
     if shift:
         labels, mask, segments = _shifted(labels, mask, segments)
         student_logits, teacher_logits = student_logits[:, :-1], teacher_logits[:, :-1]
-    plan = _plan(
+    plan = plan_hybrid(
         student_logits.shape[:-1],
         student_logits.device,
         labels,
@@ -331,7 +331,7 @@ def fused_hybrid_loss(
     if shift:
         labels, mask, segments = _shifted(labels, mask, segments)
         student_hidden, teacher_hidden = student_hidden[:, :-1], teacher_hidden[:, :-1]
-    plan = _plan(
+    plan = plan_hybrid(
         student_hidden.shape[:-1],
         student_hidden.device,
         labels,
