@@ -67,8 +67,8 @@ class DemoSettings:
 
     rounds: int = 14
     sequences: int = 1500
-    steps: int = 350
-    batch: int = 64
+    steps: int = 400
+    batch: int = 32
     lr: float = 4e-3
     weight_decay: float = 0.01
     rollouts: int = 1000
@@ -138,7 +138,7 @@ def train_student(
             at=StepInfo(step, settings.steps),
         )
         optimizer.zero_grad()
-        out.loss.backward()
+        out.loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -186,7 +186,7 @@ def garden_entropy(ledger: Ledger, count: int = 1000) -> float:
 def run_seed(
     seed: int,
     methods: Sequence[str],
-    settings: DemoSettings = DemoSettings(),  # noqa: B008 - frozen
+    settings: DemoSettings = DemoSettings(),
     *,
     progress: Callable[[str], object] = lambda method: None,
 ) -> dict[str, MethodResult]:
@@ -210,8 +210,7 @@ def run_seed(
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods:
         raise InputError(
-            f"no method is called {unknown[0] if unknown else ''!r}; "
-            f"accepted: {', '.join(METHODS)}"
+            f"no method is called {unknown[0] if unknown else ''!r}; accepted: {', '.join(METHODS)}"
         )
     ledger = Ledger(rounds=settings.rounds)
     ids = ledger.sample(settings.sequences, torch.Generator().manual_seed(seed))
@@ -244,9 +243,7 @@ class KappaPicture:
     decomposition: Decomposition
 
 
-SMALL = dict(
-    modulus=4, ops=(0.6, 0.4), fillers=3, fillers_per_round=1, rounds=4, window=3, slip=0.05
-)
+SMALL = Ledger(modulus=4, ops=(0.6, 0.4), fillers=3, fillers_per_round=1, rounds=4, window=3)
 
 
 def kappa_picture(seed: int, *, steps: int = 250, texts: int = 60) -> KappaPicture:
@@ -262,10 +259,10 @@ def kappa_picture(seed: int, *, steps: int = 250, texts: int = 60) -> KappaPictu
         >>> len(picture.by_place) == len(picture.kinds)
         True
     """
-    ledger = Ledger(**SMALL)  # type: ignore[arg-type]
+    ledger = SMALL
     generator = torch.Generator().manual_seed(seed)
     ids = ledger.sample(500, generator)
-    settings = DemoSettings(steps=steps, rounds=ledger.rounds, batch=32)
+    settings = DemoSettings(steps=steps, rounds=ledger.rounds)
     student = train_student(ledger, ids, "soft", seed, settings)
     visits: dict[LedgerState, int] = {}
     for text in ids[:texts].tolist():
@@ -297,7 +294,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "standard_error": error, "values": list(values)}
 
 
-MEASURES = {
+MEASURES: dict[str, Callable[[MethodResult], float]] = {
     "fit": lambda r: r.exposure.fit,
     "inference": lambda r: r.exposure.inference,
     "bias": lambda r: r.exposure.bias,
@@ -315,7 +312,9 @@ def summarize(results: Sequence[dict[str, MethodResult]]) -> dict[str, Any]:
         results: What `run_seed` returned, one per seed.
     """
     return {
-        method: {name: _spread([read(r[method]) for r in results]) for name, read in MEASURES.items()}
+        method: {
+            name: _spread([read(r[method]) for r in results]) for name, read in MEASURES.items()
+        }
         for method in results[0]
     }
 
@@ -372,10 +371,15 @@ def tell(methods: dict[str, Any], teacher_entropy: float) -> str:
     kept = mixed["garden_entropy"]["mean"] / teacher_entropy
     lines.append(f"It keeps {kept:.0%} of the teacher's entropy in gardens")
     if "hard" in methods:
-        lines[-1] += f", hard labels {methods['hard']['garden_entropy']['mean'] / teacher_entropy:.0%}"
+        lines[-1] += (
+            f", hard labels {methods['hard']['garden_entropy']['mean'] / teacher_entropy:.0%}"
+        )
     lines[-1] += "."
     if {"static", "risk"} <= methods.keys():
-        change = methods["risk"]["bridge_accuracy"]["mean"] - methods["static"]["bridge_accuracy"]["mean"]
+        change = (
+            methods["risk"]["bridge_accuracy"]["mean"]
+            - methods["static"]["bridge_accuracy"]["mean"]
+        )
         lines.append(
             f"The risk-guided term changes static mixing's bridge accuracy by {change:+.3f}"
             + ("." if change > 0.01 else ": no gain on this task.")

@@ -139,9 +139,11 @@ def model_logits(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits ``[B, T, V]`` of a transformers model or of any callable of ids."""
     if hasattr(model, "config"):
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return model(input_ids=ids, attention_mask=mask.long(), position_ids=positions).logits  # type: ignore[no-any-return]
-    found = model(ids)
-    return getattr(found, "logits", found)  # type: ignore[no-any-return]
+        found = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
+    else:
+        found = model(ids)
+    logits: Tensor = getattr(found, "logits", found)
+    return logits
 
 
 @torch.no_grad()
@@ -180,7 +182,9 @@ def sample(
         raise InputError("temperature has to be above 0 and max_new_tokens at least 1")
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts]).to(ids.device)
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts]).to(
+        ids.device
+    )
     alive = torch.ones(len(prompts), dtype=torch.bool, device=ids.device)
     cached = hasattr(model, "config")
     past = None
@@ -297,7 +301,9 @@ def exposure_bias(
     for module, _ in modes:
         module.eval()
     rows = [list(p) for p in prompts for _ in range(n_rollouts)]
-    replies = None if references is None else [list(r) for r in references for _ in range(n_rollouts)]
+    replies = (
+        None if references is None else [list(r) for r in references for _ in range(n_rollouts)]
+    )
     sides: dict[str, list[tuple[Tensor, Tensor]]] = {"teacher": [], "student": []}
     try:
         starts = range(0, len(rows), batch_size)

@@ -136,9 +136,7 @@ def plan_hybrid(
         )
     for name, given in (("labels", labels), ("mask", mask), ("segments", segments)):
         if given is not None and given.shape != shape:
-            raise InputError(
-                f"{name} has shape {list(given.shape)}; the tokens are {list(shape)}"
-            )
+            raise InputError(f"{name} has shape {list(given.shape)}; the tokens are {list(shape)}")
     found = weight_from_string(weight) if isinstance(weight, str) else weight
     valid = torch.ones(shape, dtype=torch.bool, device=device)
     if mask is not None:
@@ -161,21 +159,21 @@ def plan_hybrid(
         return lam, 1 - lam
 
     name, *exponents = (divergence,) if isinstance(divergence, str) else divergence
-    settings: dict[str, Any] = dict(
-        divergence=name,
-        temperature=temperature,
-        temperature_power=temperature_power,
-        kd_weight=1.0,
-        ce_weight=1.0,
-        labels=labels,
-        mask=mask,
-        ce_token_weight=discount,
-        weight_fn=weight_fn,
-        hard_labels=hard_labels,
-        n_valid=n_valid,
-        statistics=statistics,
-        return_label_logits=risk is not None,
-    )
+    settings: dict[str, Any] = {
+        "divergence": name,
+        "temperature": temperature,
+        "temperature_power": temperature_power,
+        "kd_weight": 1.0,
+        "ce_weight": 1.0,
+        "labels": labels,
+        "mask": mask,
+        "ce_token_weight": discount,
+        "weight_fn": weight_fn,
+        "hard_labels": hard_labels,
+        "n_valid": n_valid,
+        "statistics": statistics,
+        "return_label_logits": risk is not None,
+    }
     if exponents:
         settings["alpha"], settings["beta"] = exponents
     return HybridPlan(labels, valid, risk, segments, hard_labels, settings)

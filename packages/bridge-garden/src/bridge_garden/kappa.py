@@ -17,7 +17,7 @@ sampling, for processes small enough to enumerate.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,9 @@ S = TypeVar("S", bound=Hashable)
 class Process(Protocol[S]):
     """A teacher that can be asked about any state. States that behave alike should be equal."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """V."""
 
     def next_dist(self, state: S) -> Float[Tensor, " V"]:
         """π_T(·|state)."""
@@ -49,7 +51,7 @@ class Process(Protocol[S]):
 Student = Callable[[Sequence[S]], Tensor]
 
 
-class _Layers:
+class _Layers(Generic[S]):
     """The states reachable from some roots, depth by depth, with ℓ and the transitions of each.
 
     The student is asked once a depth, for all its states together.

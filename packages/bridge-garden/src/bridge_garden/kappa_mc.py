@@ -118,9 +118,7 @@ def kappa_mc(
                 vocab=vocab,
                 device=device,
             )
-            losses, valid = score(
-                student, teacher, *sampled, divergence=divergence, vocab=vocab
-            )
+            losses, valid = score(student, teacher, *sampled, divergence=divergence, vocab=vocab)
             kept = torch.where(valid, losses.double(), 0.0)[:, skip:]
             return kept.sum(1).cpu()
 

@@ -256,7 +256,8 @@ class WindowStudent(nn.Module):
 
     def windows(self, windows: Int[Tensor, "*batch window"]) -> Float[Tensor, "*batch V"]:
         """Logits of the token after each window."""
-        return self.layers(self.embed(windows).flatten(-2))
+        logits: Tensor = self.layers(self.embed(windows).flatten(-2))
+        return logits
 
     def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Logits of the token after each prefix."""

@@ -9,10 +9,15 @@ if TYPE_CHECKING:
     from bridge_garden.demo import KappaPicture
     from bridge_garden.exposure import ExposureReport
 
-__all__ = ["plot_comparison", "plot_kappa", "plot_positions", "plot_strip"]
+__all__ = ["plot_comparison", "plot_kappa", "plot_positions", "plot_strip", "strip_html"]
 
 KINDS = {"start": COLORS[7], "filler": COLORS[2], "op": COLORS[0], "result": COLORS[3]}
-LABELS = {"start": "start", "filler": "filler (garden)", "op": "operation", "result": "result (bridge)"}
+LABELS = {
+    "start": "start",
+    "filler": "filler (garden)",
+    "op": "operation",
+    "result": "result (bridge)",
+}
 
 
 def plot_comparison(methods: Mapping[str, Any], teacher_entropy: float) -> Any:
@@ -87,7 +92,7 @@ def plot_kappa(picture: "KappaPicture") -> Any:
     axes[0].bar(places, picture.by_place, color=colors)
     axes[0].set_xlabel("place in the text")
     axes[0].set_ylabel("mean κ(s)")
-    axes[0].set_title("Exact κ: bridges stand out")
+    axes[0].set_title("Exact κ(s), every token tried")
     for kind, color in KINDS.items():
         at = [i for i, k in enumerate(picture.score_kinds) if k == kind]
         axes[1].scatter(
@@ -100,7 +105,7 @@ def plot_kappa(picture: "KappaPicture") -> Any:
         )
     axes[1].set_xlabel("κ(s)")
     axes[1].set_ylabel("λ = 1 - max π_T")
-    axes[1].set_title("Confidence finds them without κ")
+    axes[1].set_title("The confidence weight against κ(s)")
     axes[1].legend(fontsize="small")
     axes[2].bar(places, picture.decomposition.attribution, color=colors)
     axes[2].set_xlabel("place in the text")
@@ -155,7 +160,37 @@ def plot_strip(tokens: Sequence[str], values: Sequence[float], label: str) -> An
                     fontsize=8.5,
                 )
     figure.colorbar(
-        mpl.cm.ScalarMappable(norm, cmap), ax=axes, label=label, orientation="horizontal",
-        fraction=0.25 if len(lines) < 4 else 0.08, aspect=60,
+        mpl.cm.ScalarMappable(norm, cmap),
+        ax=axes,
+        label=label,
+        orientation="horizontal",
+        fraction=0.25 if len(lines) < 4 else 0.08,
+        aspect=60,
     )
     return figure
+
+
+def strip_html(tokens: Sequence[str], values: Sequence[float]) -> str:
+    """The same strip as a page of HTML; hovering shows the value.
+
+    Args:
+        tokens: The texts of the tokens, escaped.
+        values: One per token; NaN stays white.
+    """
+    import math
+
+    known = [v for v in values if math.isfinite(v)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        if not math.isfinite(value):
+            spans.append(f"<span>{token}</span>")
+            continue
+        share = (value - low) / (high - low) if high > low else 0.0
+        style = f"background:rgba(214,94,0,{share:.3f})"
+        spans.append(f'<span style="{style}" title="{value:.4f}">{token}</span>')
+    body = "".join(spans)
+    return (
+        '<!doctype html><meta charset="utf-8"><title>κ</title>'
+        f'<pre style="font-size:16px;white-space:pre-wrap">{body}</pre>\n'
+    )

@@ -111,7 +111,7 @@ class HybridTrainer(DistillationTrainer):
             )
 
     def loss_options(self) -> dict[str, Any]:
-        """abkd's settings with λ, the hard label, and what risk needs."""
+        """The settings of abkd with λ, the hard label, and what risk needs."""
         options = super().loss_options()
         total = self.state.max_steps if self.state.max_steps > 0 else None
         at = StepInfo(self.state.global_step, total)

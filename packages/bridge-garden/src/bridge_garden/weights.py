@@ -4,8 +4,8 @@ Wang et al., "The Bridge-Garden Dilemma in LLM Distillation", ICML 2026 (arXiv 2
 
     ℓ_hyb(s) = λ(s) D(π_T(·|s) ‖ π_θ(·|s)) + (1 - λ(s)) (-log π_θ(a*|s))
 
-A weight is any callable ``(seen, at) -> λ [C]``: `seen` are the `abkd.TokenStatistics` of a chunk of
-tokens, `at` says where training stands. λ is computed under no_grad and never differentiated.
+A weight is any callable ``(seen, at) -> λ [C]``: `seen` are the `abkd.TokenStatistics` of a
+chunk of tokens, `at` says where training stands. λ is computed under no_grad and never differentiated.
 """
 
 import math
@@ -145,7 +145,8 @@ class Entropy:
         if self.kind == "shannon":
             return (seen.teacher_entropy / math.log(V)).clamp(0, 1)
         power_sum = seen.teacher_power_sum(self.gamma)
-        return ((power_sum - 1) / (V ** (1 - self.gamma) - 1)).clamp(0, 1)
+        most: float = V ** (1 - self.gamma)
+        return ((power_sum - 1) / (most - 1)).clamp(0, 1)
 
 
 @dataclass(frozen=True)

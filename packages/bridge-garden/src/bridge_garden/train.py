@@ -1,0 +1,178 @@
+"""A training run from the command line: models, rows, the trainer, the run folder."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bridge_garden.models import load_tokenizer, read_rows
+from bridge_garden.presets import Preset
+from shared_core.errors import InputError, MissingExtraError
+from shared_core.run import RunFolder
+
+__all__ = ["TrainSettings", "train"]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """All settings of ``bridge-garden train``.
+
+    Raises:
+        InputError: If teacher, student or data are missing.
+
+    Example:
+        >>> TrainSettings("teacher", "student", "rows.jsonl").weight
+        'confidence'
+    """
+
+    teacher: str
+    student: str
+    data: str
+    weight: str = "confidence"
+    hard_labels: str = "teacher_argmax"
+    divergence: str = "fkl"
+    risk_alpha: float = 0.0
+    lr: float = 5e-5
+    epochs: float = 2
+    max_steps: int = -1
+    batch_size: int = 4
+    accumulation: int = 8
+    max_length: int = 2048
+    lora_r: int = 0
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    warmup_ratio: float = 0.03
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    save_steps: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("teacher", "student", "data"):
+            if not getattr(self, name):
+                raise InputError(f"say which {name}: --{name}, or --preset NAME with --data")
+
+    @classmethod
+    def from_preset(cls, preset: Preset, **changes: Any) -> "TrainSettings":
+        """A preset's settings with changes; ``None`` leaves the preset's."""
+        names = cls.__dataclass_fields__
+        settings = {k: v for k, v in asdict(preset).items() if k in names}
+        settings.update({k: v for k, v in changes.items() if v is not None})
+        settings.setdefault("data", "")
+        return cls(**settings)
+
+
+def train(
+    settings: TrainSettings, run: RunFolder, device: torch.device, *, resume: bool = False
+) -> dict[str, Any]:
+    """Train, save the student as safetensors into ``student/``, and return the last numbers.
+
+    Args:
+        settings: Of the run.
+        run: Its folder; checkpoints go under ``checkpoints/``.
+        device: ``cpu`` keeps the trainer off the GPU.
+        resume: Continue from the last checkpoint.
+
+    Raises:
+        InputError: If models or data cannot be loaded, or there is nothing to resume or an
+            earlier run is in the way.
+    """
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from bridge_garden.trainer import HybridConfig, HybridTrainer
+
+    checkpoints = run.path / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if resume and last is None:
+        raise InputError(f"{run.path} has no checkpoint to resume from; leave out --resume")
+    if last is not None and not resume:
+        raise InputError(
+            f"{run.path} holds checkpoints of an earlier run; continue it with --resume, or choose "
+            "another --out"
+        )
+    rows = read_rows(settings.data)
+    tokenizer = load_tokenizer(settings.student)
+    peft_config = _lora(settings)
+    args = HybridConfig(
+        str(checkpoints),
+        weight=settings.weight,
+        hard_labels=settings.hard_labels,
+        divergence=settings.divergence,
+        risk_alpha=settings.risk_alpha,
+        learning_rate=settings.lr,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        max_length=settings.max_length,
+        warmup_steps=settings.warmup_ratio,
+        lr_scheduler_type="cosine",
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        seed=settings.seed,
+    )
+    started = time.perf_counter()
+
+    class WriteLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any
+        ) -> None:
+            run.log(step=state.global_step, **(logs or {}))
+
+    trainer = HybridTrainer(
+        settings.student,
+        settings.teacher,
+        args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[WriteLog()],
+    )
+    run.write_config(
+        "bridge-garden train",
+        {**asdict(settings), "vocab_size": trainer.vocab_size},
+        distributions=["bridge-garden", "abkd", "transformers"],
+    )
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(str(run.path / "student"))
+    trainer.save_model(str(run.path / "student"))
+    names = (
+        "loss",
+        "kd",
+        "ce",
+        "risk",
+        "weight",
+        "bridge_fraction",
+        "garden_fraction",
+        "agreement",
+    )
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    final = {name: lines[-1].get(name) for name in names} if lines else {}
+    metrics = {"steps": trainer.state.global_step, **final}
+    run.write_metrics(metrics, timing={"seconds": time.perf_counter() - started})
+    return metrics
+
+
+def _lora(settings: TrainSettings) -> Any:
+    if not settings.lora_r:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise MissingExtraError("bridge-garden", "lora", "peft") from error
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
