@@ -1,0 +1,181 @@
+"""The paper's own settings as data: one entry for each run of its tables.
+
+Language settings follow the authors' scripts, which made the tables: no hard term, T = 1. (The
+published GPT-2 script hard-codes α = 0, β = 1, plain reverse KL; its α and β arguments have no
+effect. The values here are those it was meant to be called with.) Vision and CLIP settings follow
+the authors' README.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from shared_core.errors import InputError
+
+__all__ = ["PRESETS", "Preset", "get_preset"]
+
+DOLLY = "databricks/databricks-dolly-15k"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A run of the paper.
+
+    Attributes:
+        task: ``language``, ``vision`` or ``clip``.
+        teacher: Hub id or architecture.
+        student: Likewise.
+        data: Hub id of the data.
+        alpha: α.
+        beta: β.
+        temperature: τ.
+        temperature_power: r in τ^r.
+        kd_weight: Weight of the soft term.
+        ce_weight: Weight of the hard term.
+        lr: Learning rate.
+        batch_size: Examples per step over all processes.
+        epochs: Passes over the data.
+        max_length: Tokens of an example.
+        criterion: The vision loss.
+        more: What else the authors set.
+        reported: What the paper reports of it (ROUGE-L).
+    """
+
+    task: str
+    teacher: str
+    student: str
+    data: str
+    alpha: float
+    beta: float
+    temperature: float = 1.0
+    temperature_power: float = 0.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    lr: float = 5e-4
+    batch_size: int = 32
+    epochs: int = 20
+    max_length: int = 512
+    criterion: str = "ab"
+    more: dict[str, Any] = field(default_factory=dict)
+    reported: dict[str, float] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """The preset as plain data."""
+        return asdict(self)
+
+
+_LANGUAGE: dict[str, Any] = {
+    "weight_decay": 1e-2,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "cosine",
+    "max_prompt": 256,
+    "pretraining_mix": "Skylion007/openwebtext, weight 1 (not run here)",
+    "evaluation": "ROUGE-L, T=1, seeds 10, 20, 30, 40, 50",
+}
+_GPT2 = dict(task="language", teacher="openai-community/gpt2-xl", data=DOLLY, alpha=0.2, beta=0.7)
+_CIFAR = dict(
+    task="vision",
+    data="uoft-cs/cifar100",
+    temperature=4.0,
+    kd_weight=32.0,
+    ce_weight=1.0,
+    lr=0.05,
+    batch_size=64,
+    epochs=240,
+    alpha=0.8,
+    beta=0.3,
+    more={"momentum": 0.9, "weight_decay": 5e-4, "steps": [150, 180, 210], "gamma": 0.1},
+)
+_PAIRS = {
+    "wrn-40-2": ["wrn-16-2", "wrn-40-1"],
+    "resnet56": ["resnet20"],
+    "resnet110": ["resnet20", "resnet32", "resnet44"],
+    "resnet32x4": ["resnet8x4"],
+    "vgg13": ["vgg8"],
+}
+
+PRESETS: dict[str, Preset] = {
+    "gpt2-small-dolly": Preset(
+        student="openai-community/gpt2",
+        more=_LANGUAGE,
+        reported={"dolly": 25.65, "selfinst": 13.47, "vicuna": 16.06, "sni": 26.47, "unni": 29.32},
+        **_GPT2,
+    ),
+    "gpt2-medium-dolly": Preset(
+        student="openai-community/gpt2-medium", lr=3e-4, batch_size=16, more=_LANGUAGE, **_GPT2
+    ),
+    "gpt2-large-dolly": Preset(
+        student="openai-community/gpt2-large",
+        lr=1e-4,
+        batch_size=64,
+        epochs=10,
+        more=_LANGUAGE,
+        **_GPT2,
+    ),
+    "openllama-3b-dolly": Preset(
+        "language",
+        "openlm-research/open_llama_7b_v2",
+        "openlm-research/open_llama_3b_v2",
+        DOLLY,
+        0.1,
+        0.8,
+        lr=2.5e-4,
+        epochs=10,
+        more={**_LANGUAGE, "lora": {"r": 16, "lora_alpha": 64, "lora_dropout": 0.1}},
+    ),
+    "qwen2.5-1.5b-metamath": Preset(
+        "language",
+        "Qwen/Qwen2.5-7B-Instruct",
+        "Qwen/Qwen2.5-1.5B-Instruct",
+        "meta-math/MetaMathQA",
+        0.2,
+        0.7,
+        lr=5e-5,
+        epochs=3,
+        more={**_LANGUAGE, "assumed": "learning rate and epochs are not published"},
+    ),
+    **{
+        f"cifar100-{teacher}-{student}": Preset(teacher=teacher, student=student, **_CIFAR)
+        for teacher, students in _PAIRS.items()
+        for student in students
+    },
+    "cifar100-lsd-resnet56-resnet20": Preset(
+        teacher="resnet56",
+        student="resnet20",
+        criterion="lsd",
+        **{
+            **_CIFAR,
+            "alpha": 0.9,
+            "temperature": 2.0,
+            "temperature_power": 2.0,
+            "kd_weight": 9.0,
+            "ce_weight": 0.1,
+        },
+    ),
+    "clip-base-to-new": Preset(
+        "clip",
+        "ViT-L-14 (openai, PromptSRC prompts)",
+        "ViT-B-16 (openai)",
+        "11 data sets, base and new classes",
+        0.8,
+        0.4,
+        kd_weight=100.0,
+        lr=1e-4,
+        batch_size=8,
+        more={"grid": "α 0.5 to 1.2, α+β 1.0 to 1.3", "optimizer": "SGD, cosine, 1 warm-up epoch"},
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """A preset by name.
+
+    Raises:
+        InputError: If there is none of that name.
+
+    Example:
+        >>> get_preset("gpt2-small-dolly").alpha
+        0.2
+    """
+    if name not in PRESETS:
+        raise InputError(f"no preset is called {name!r}; accepted: {', '.join(PRESETS)}")
+    return PRESETS[name]
