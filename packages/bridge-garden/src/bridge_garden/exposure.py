@@ -142,7 +142,7 @@ def model_logits(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
         found = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
     else:
         found = model(ids)
-    logits: Tensor = getattr(found, "logits", found)
+    logits: Tensor = found.logits if hasattr(found, "logits") else found
     return logits
 
 

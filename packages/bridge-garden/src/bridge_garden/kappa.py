@@ -17,7 +17,7 @@ sampling, for processes small enough to enumerate.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ __all__ = ["Decomposition", "Process", "Split", "exact_decomposition", "exact_ka
 S = TypeVar("S", bound=Hashable)
 
 
+@runtime_checkable
 class Process(Protocol[S]):
     """A teacher that can be asked about any state. States that behave alike should be equal."""
 

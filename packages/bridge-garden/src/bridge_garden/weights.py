@@ -5,7 +5,7 @@ Wang et al., "The Bridge-Garden Dilemma in LLM Distillation", ICML 2026 (arXiv 2
     ℓ_hyb(s) = λ(s) D(π_T(·|s) ‖ π_θ(·|s)) + (1 - λ(s)) (-log π_θ(a*|s))
 
 A weight is any callable ``(seen, at) -> λ [C]``: `seen` are the `abkd.TokenStatistics` of a
-chunk of tokens, `at` says where training stands. λ is computed under no_grad and never differentiated.
+chunk of tokens, `at` says where training stands. λ is computed under no_grad and gets no gradient.
 """
 
 import math
