@@ -307,8 +307,8 @@ def test_errors() -> None:
         ("accepted", lambda: hybrid_loss(z, t, y, divergence="kl")),
         ("accepted: 1 to 4", lambda: hybrid_loss(z, t, y, vocab=9)),
         ("temperature", lambda: hybrid_loss(z, t, y, temperature=0.0)),
-        ("", lambda: hybrid_loss(z, t[..., :3], y)),
-        ("", lambda: hybrid_loss(z, t, y + 7, hard_labels="labels")),
+        ("classes", lambda: hybrid_loss(z, t[..., :3], y)),
+        ("label", lambda: hybrid_loss(z, t, y + 7, hard_labels="labels")),
     ]
     for message, call in cases:
         with pytest.raises(InputError, match=message):

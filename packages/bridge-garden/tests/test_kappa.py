@@ -80,7 +80,8 @@ def test_dynamic_programming_equals_brute_force() -> None:
         Q = [override(tree, s, a) for a in range(3)]
         mean = sum(tree.table[s][a].item() * Q[a] for a in range(3))
         for a in range(3):
-            assert kappa[a].item() == pytest.approx(Q[a] - mean, abs=1e-12)
+            # The divergence's series is exact to a few 1e-12.
+            assert kappa[a].item() == pytest.approx(Q[a] - mean, abs=2e-11)
 
 
 def test_decomposition_equals_enumeration_and_kappa_explains_it() -> None:
@@ -99,9 +100,9 @@ def test_decomposition_equals_enumeration_and_kappa_explains_it() -> None:
             own += d_own * loss(tree, s) / tree.length
             q = torch.softmax(tree.other[s], 0)
             caused += d_own * (q * kappa).sum().item() / tree.length
-    assert found.fit == pytest.approx(fit, abs=1e-12)
-    assert found.inference == pytest.approx(own, abs=1e-12)
-    assert found.bias == pytest.approx(caused, abs=1e-12)
+    assert found.fit == pytest.approx(fit, abs=2e-11)
+    assert found.inference == pytest.approx(own, abs=2e-11)
+    assert found.bias == pytest.approx(caused, abs=2e-11)
     assert sum(found.attribution) == pytest.approx(found.bias, abs=1e-12)
     assert sum(found.per_position_fit) == pytest.approx(found.fit)
     assert sum(found.per_position_inference) == pytest.approx(found.inference)
