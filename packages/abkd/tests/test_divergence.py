@@ -1,6 +1,7 @@
 """Values and gradients against float64, limits, invariants, and every documented error."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -45,9 +46,7 @@ def test_value_equals_the_definition_on_and_off_the_axes(
         expected = textbook(z, t, alpha, beta, tau)
         found = ab_divergence(z, t, alpha, beta, temperature=tau, reduction="none")
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-        single = ab_divergence(
-            z.float(), t.float(), alpha, beta, temperature=tau, reduction="none"
-        )
+        single = ab_divergence(z.float(), t.float(), alpha, beta, temperature=tau, reduction="none")
         torch.testing.assert_close(single, expected.float(), rtol=3e-5, atol=1e-6)
 
 
@@ -131,9 +130,7 @@ def test_near_equality_is_accurate_in_float32(
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("alpha", "beta"), [p for p in PAIRS if min(p) >= 0 and p != (0.0, 0.0)]
-)
+@pytest.mark.parametrize(("alpha", "beta"), [p for p in PAIRS if min(p) >= 0 and p != (0.0, 0.0)])
 def test_finite_at_gaps_of_200(dtype: torch.dtype, alpha: float, beta: float) -> None:
     t = torch.tensor([[0.0, -200.0, -5.0, 1.0], [200.0, 0.0, 0.0, 0.0]], dtype=dtype)
     z = t.flip(-1).clone().requires_grad_()
@@ -194,9 +191,7 @@ def test_invariants(alpha: float, beta: float, seed: int, omega: float) -> None:
     value = ab_divergence(z, t, alpha, beta, reduction="none")
     assert (value > 0).all()
     torch.testing.assert_close(value, ab_divergence(t, z, beta, alpha, reduction="none"))
-    torch.testing.assert_close(
-        value, ab_divergence(z + 3, t - 5, alpha, beta, reduction="none")
-    )
+    torch.testing.assert_close(value, ab_divergence(z + 3, t - 5, alpha, beta, reduction="none"))
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(
         value, ab_divergence(z[:, order], t[:, order], alpha, beta, reduction="none")
@@ -333,7 +328,7 @@ def test_under_compile_and_no_grad() -> None:
 
 
 def test_losing_the_students_gradient_is_told() -> None:
-    z = (logits(2, 3).requires_grad_() * 2)
+    z = logits(2, 3).requires_grad_() * 2
     with torch.no_grad(), pytest.warns(UserWarning, match=r"under torch.no_grad"):
         ab_divergence(z, logits(2, 3))
 
@@ -351,10 +346,10 @@ def test_no_valid_token_is_zero_with_zero_gradient() -> None:
 
 def test_exponents_outside_the_unit_square_are_flagged_once() -> None:
     z = logits(1, 3)
-    with pytest.warns(UserWarning, match="outside") as caught:
+    with pytest.warns(UserWarning, match="outside"):
         ab_divergence(z, z, 1.234, 0.1)
+    with warnings.catch_warnings(action="error"):
         ab_divergence(z, z, 1.234, 0.1)
-    assert len(caught) == 1
 
 
 Z = torch.zeros(2, 3)

@@ -138,7 +138,7 @@ def test_label_logits_are_differentiable_and_couple_positions(hard_labels: str) 
     z, t = w.logits()
     target = w.labels if hard_labels == "labels" else t.argmax(-1)
     valid = w.labels != -100
-    options = dict(labels=w.labels, hard_labels=hard_labels, return_label_logits=True)
+    options = {"labels": w.labels, "hard_labels": hard_labels, "return_label_logits": True}
     label = z.gather(-1, target.clamp(min=0)[:, None])[:, 0]
     pair = valid[1:] & valid[:-1]
     expected = ((z.logsumexp(-1)[1:] - label[:-1]) ** 2)[pair].sum()
@@ -192,7 +192,7 @@ class Largest(TorchDispatchMode):
     size = 0
     matmuls = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, tuple | list) else [out]:
             if isinstance(t, Tensor) and not t._is_view():
@@ -264,7 +264,7 @@ def test_shares_of_a_batch_add_up() -> None:
     """Micro-batches of unequal numbers of tokens, with the step's denominator."""
     w = World()
     n = float((w.labels != -100).sum())
-    options = dict(ce_weight=0.5, n_valid=n)
+    options = {"ce_weight": 0.5, "n_valid": n}
     whole = fused_linear_ab_divergence(w.h, w.W, w.th, w.tW, labels=w.labels, **options)
     parts = [
         fused_linear_ab_divergence(w.h[s], w.W, w.th[s], w.tW, labels=w.labels[s], **options).loss
@@ -315,6 +315,6 @@ H, W_ = torch.zeros(2, 3), torch.zeros(5, 3)
     ],
 )
 def test_errors(options: dict, message: str) -> None:
-    inputs = dict(student_hidden=H, student_weight=W_, teacher_hidden=H, teacher_weight=W_)
+    inputs = {"student_hidden": H, "student_weight": W_, "teacher_hidden": H, "teacher_weight": W_}
     with pytest.raises(ValueError, match=message):
         fused_linear_ab_divergence(**{**inputs, **options})

@@ -71,9 +71,7 @@ def test_value_and_gradient_equal_autograd_of_the_definition(
 def test_a_tail_that_underflows_is_finite(alpha: float, beta: float) -> None:
     z = torch.tensor([[300.0, 0.0, 0.0, 0.0]], requires_grad=True)
     lp = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    loss = sparse_ab_divergence(
-        z, torch.tensor([[0, 1]]), lp[:, :2], alpha=alpha, beta=beta
-    )
+    loss = sparse_ab_divergence(z, torch.tensor([[0, 1]]), lp[:, :2], alpha=alpha, beta=beta)
     loss.backward()
     assert loss.isfinite()
     assert z.grad.isfinite().all()
@@ -86,10 +84,10 @@ def test_the_per_token_hooks_work_with_top_k() -> None:
     def weights(seen: TokenStatistics) -> tuple[Tensor, Tensor]:
         return 1 - seen.teacher_max_prob, seen.teacher_max_prob
 
-    options = dict(
-        labels=labels, ce_weight=1.0, weight_fn=weights, hard_labels="teacher_argmax",
-        divergence="fkl", statistics=["teacher_entropy", "teacher_label_prob"],
-    )  # fmt: skip
+    options = {
+        "labels": labels, "ce_weight": 1.0, "weight_fn": weights, "hard_labels": "teacher_argmax",
+        "divergence": "fkl", "statistics": ["teacher_entropy", "teacher_label_prob"],
+    }  # fmt: skip
     top = lp.topk(9)
     dense = distillation_loss(z, lp, **options)
     full = sparse_distillation_loss(z, top.indices, top.values, **options)
@@ -122,6 +120,6 @@ Z = torch.zeros(1, 4)
     ],
 )
 def test_errors(change: dict, message: str) -> None:
-    inputs = dict(student=Z, topk_ids=IDS, topk_logprobs=LOGS)
+    inputs = {"student": Z, "topk_ids": IDS, "topk_logprobs": LOGS}
     with pytest.raises(ValueError, match=message):
         sparse_distillation_loss(**{**inputs, **change})

@@ -22,7 +22,7 @@ TOKENS = 30  # that mean something; the heads are padded beyond
 def models(student_rows: int = 32, teacher_rows: int = 36) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    common = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+    common = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
     torch.manual_seed(0)
     student = Qwen2ForCausalLM(
         Qwen2Config(vocab_size=student_rows, hidden_size=8, intermediate_size=16,
@@ -62,11 +62,11 @@ def trainer(folder: Path, data: Any = None, student: Any = None, **settings: Any
 
     mine, teacher = models()
     options = {k: settings.pop(k) for k in ("peft_config", "cls", "eval_dataset") if k in settings}
-    defaults = dict(
-        max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
-        use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-        dataloader_pin_memory=False,
-    )  # fmt: skip
+    defaults = {
+        "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
     args = DistillationConfig(str(folder), **{**defaults, **settings})
     return options.pop("cls", DistillationTrainer)(
         student or mine, teacher, args, train_dataset=data or rows(),
@@ -147,7 +147,9 @@ def test_precision_and_checkpointing(tmp_path: Path, settings: dict[str, Any]) -
 def test_resume_ends_in_the_same_numbers(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "a", max_steps=6, warmup_steps=2)
     whole.train()
-    first = trainer(tmp_path / "b", max_steps=6, warmup_steps=2, save_steps=3, save_strategy="steps")
+    first = trainer(
+        tmp_path / "b", max_steps=6, warmup_steps=2, save_steps=3, save_strategy="steps"
+    )
     first.train()
     again = trainer(tmp_path / "b", max_steps=6, warmup_steps=2)
     again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
@@ -196,9 +198,7 @@ def test_top_k_columns_take_the_teachers_place(tmp_path: Path) -> None:
     )
     offline.train()
     online.train()
-    torch.testing.assert_close(
-        weights(offline.model), weights(online.model), rtol=0, atol=1e-3
-    )
+    torch.testing.assert_close(weights(offline.model), weights(online.model), rtol=0, atol=1e-3)
 
 
 def test_the_loss_can_be_overridden(tmp_path: Path) -> None:

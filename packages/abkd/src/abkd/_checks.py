@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -9,7 +11,13 @@ from torch import Tensor
 from shared_core.errors import InputError
 
 IGNORE_INDEX = -100
+F = TypeVar("F", bound=Callable[..., object])
 _flagged: set[tuple[float, float]] = set()
+
+
+def uncompiled(function: F) -> F:
+    """Let torch.compile step around a function whose backward is written by hand."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 def check_choice(name: str, value: object, *accepted: str) -> None:
@@ -130,6 +138,4 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 def warn_no_valid() -> None:
     """Say that a batch had nothing to learn from."""
-    warnings.warn(
-        "no valid position in this batch: loss and gradients are 0", stacklevel=4
-    )
+    warnings.warn("no valid position in this batch: loss and gradients are 0", stacklevel=4)

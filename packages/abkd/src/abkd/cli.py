@@ -57,7 +57,7 @@ def demo(
     if select_device(device).type != "cpu":
         raise InputError("the demo's models are tiny and run on the CPU; leave --device out")
     grid = the_demo.GRID[::2] if quick else the_demo.GRID
-    settings = the_demo.DemoSettings(steps=100 if quick else 400)
+    settings = the_demo.DemoSettings(steps=100 if quick else 200)
     pairs = [(a, b) for a in grid for b in grid]
     pairs += [p for p in the_demo.NAMED.values() if p not in pairs]
     run = RunFolder(out or Path("runs/abkd/demo"))
@@ -131,9 +131,7 @@ def train(
     accumulation: Annotated[
         int | None, typer.Option("--accumulation", help="Micro-batches of a step.", min=1)
     ] = None,
-    epochs: Annotated[
-        float | None, typer.Option("--epochs", help="Passes over the data.")
-    ] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Steps.", min=1)] = None,
     max_length: Annotated[
         int | None, typer.Option("--max-length", help="Tokens of an example.", min=2)
@@ -145,9 +143,7 @@ def train(
         int | None, typer.Option("--lora-r", help="Rank of LoRA adapters; 0 trains all.", min=0)
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and stop.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     resume: Resume = False,
     out: Out = None,
     seed: Seed = 0,
@@ -205,7 +201,48 @@ def train(
         {"": when, **{n: round(v, 4) for n, v in metrics[when].items() if isinstance(v, float)}}
         for when in ("first", "last")
     ]
-    show_result({"out": str(folder), **metrics}, f"{format_table(rows)}\n\n{folder}", as_json=as_json)
+    show_result(
+        {"out": str(folder), **metrics}, f"{format_table(rows)}\n\n{folder}", as_json=as_json
+    )
+
+
+@command(app)
+def capture(
+    teacher: Annotated[str, typer.Option("--teacher", help="Hub id or folder.")],
+    data: Annotated[str, typer.Option("--data", help="pydoc, a file or folder, or a hub id.")],
+    k: Annotated[int, typer.Option("--k", help="Tokens to keep at each position.", min=1)] = 64,
+    max_length: Annotated[
+        int, typer.Option("--max-length", help="Tokens of an example.", min=2)
+    ] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at once.", min=1)] = 8,
+    resume: Resume = False,
+    out: Out = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write down a teacher's most probable tokens, to train from without it.
+
+    Then: abkd train --student … --data FOLDER, without --teacher.
+    """
+    from abkd.capture import capture_topk
+    from abkd.data import tokenize_dataset
+    from abkd.train import load_causal_lm, load_examples, load_tokenizer
+    from abkd.vocab import align_vocab
+    from shared_core.device import select_device
+
+    chosen = select_device(device)
+    model, tokenizer = load_causal_lm(teacher).to(chosen), load_tokenizer(teacher)
+    rows = tokenize_dataset(load_examples(data, max_length), tokenizer, max_length)
+    folder = out or Path("runs/abkd/capture")
+    size = model.config.vocab_size
+    vocab = align_vocab(size, size, tokenizer)
+    count = capture_topk(
+        model, rows, folder, k=k, vocab=vocab, batch_size=batch_size, resume=resume
+    )
+    summary = {"out": str(folder), "rows": count, "k": k, "vocab": vocab}
+    show_result(
+        summary, f"{count} rows with the top {k} of {vocab} tokens: {folder}", as_json=as_json
+    )
 
 
 @command(app)
@@ -234,9 +271,7 @@ def bench(
     from shared_core.device import select_device
     from shared_core.run import RunFolder
 
-    found = measure_losses(
-        tokens, classes, width, repeats=repeats, device=select_device(device)
-    )
+    found = measure_losses(tokens, classes, width, repeats=repeats, device=select_device(device))
     if out is not None:
         run = RunFolder(out)
         run.write_config("abkd bench", {"tokens": tokens, "classes": classes, "width": width})

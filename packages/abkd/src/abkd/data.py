@@ -31,7 +31,7 @@ def tokenize_row(
     kept = {k: v for k, v in row.items() if k.startswith("topk_")}
     if "input_ids" in row:
         ids = list(row["input_ids"])
-        labels = list(row["labels"] if "labels" in row else ids)
+        labels = list(row.get("labels", ids))
     else:
         if tokenizer is None:
             raise InputError("rows of text need a tokenizer: pass processing_class")

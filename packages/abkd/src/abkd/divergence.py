@@ -36,6 +36,7 @@ from abkd._checks import (
     check_pair,
     check_temperature,
     detached_teacher,
+    uncompiled,
     wants_grad,
     warn_no_valid,
 )
@@ -108,15 +109,20 @@ def ab_terms(
         return value.float(), w.float()
     # The direct form costs a third of the exact one and is as good unless p and q nearly agree;
     # asking which rows those are would make an accelerator wait, so there all rows are exact.
-    if lq.dtype != torch.float32 or lq.device.type != "cpu" or min(map(abs, exponents)) < _ZERO:
+    if lq.dtype != torch.float32 or lq.device.type != "cpu" or abs(alpha + beta) < _ZERO:
         return _ab_exact(lq, lp, alpha, beta)
-    x = torch.exp(lq * (alpha + beta))
-    total = x.sum(-1)
-    w = torch.exp((lp * alpha).add_(lq, alpha=beta)).neg_().add_(x).div_(alpha)
-    y = torch.mul(lp, alpha + beta, out=x).exp_()
-    value = ((y.sum(-1) - total) / (alpha + beta) + w.sum(-1)) / beta
-    # What cancels in the value, against the value.
-    condition = total * ((1 / abs(alpha + beta) + 1 / abs(alpha)) / abs(beta))
+    if min(abs(alpha), abs(beta)) < _ZERO:
+        values, w = _ab_far(lq, lp, _difference(lq, lp), alpha, beta)
+        value, condition = values.sum(-1), 2 * torch.exp(lq * (alpha + beta)).sum(-1)
+        condition /= (alpha + beta) ** 2
+    else:
+        x = torch.exp(lq * (alpha + beta))
+        total = x.sum(-1)
+        w = torch.exp((lp * alpha).add_(lq, alpha=beta)).neg_().add_(x).div_(alpha)
+        y = torch.mul(lp, alpha + beta, out=x).exp_()
+        value = ((y.sum(-1) - total) / (alpha + beta) + w.sum(-1)) / beta
+        condition = total * ((1 / abs(alpha + beta) + 1 / abs(alpha)) / abs(beta))
+    # What cancels in the value (`condition`), against the value.
     close = value < condition * (1e4 * torch.finfo(torch.float32).eps)
     if close.any():
         value[close], w[close] = _ab_exact(lq[close], lp[close], alpha, beta)
@@ -138,9 +144,7 @@ def _ab_exact(lq: Tensor, lp: Tensor, alpha: float, beta: float) -> tuple[Tensor
     return values.sum(-1), w
 
 
-def _ab_far(
-    lq: Tensor, lp: Tensor, d: Tensor, alpha: float, beta: float
-) -> tuple[Tensor, Tensor]:
+def _ab_far(lq: Tensor, lp: Tensor, d: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Summands and w in products of exponentials, which cannot overflow for α, β ≥ 0."""
     s = alpha + beta
     if abs(alpha) < _ZERO:
@@ -183,9 +187,7 @@ def _times(mass: Tensor, log: Tensor) -> Tensor:
     return (mass * log).masked_fill_(mass == 0, 0.0)
 
 
-def _ab_terms_each(
-    lq: Tensor, lp: Tensor, alpha: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor]:
+def _ab_terms_each(lq: Tensor, lp: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """`ab_terms` with exponents of each row ``[..., 1]``, in float64."""
     dtype = lq.dtype
     lq, lp, alpha, beta = (t.double() for t in (lq, lp, alpha, beta))
@@ -198,8 +200,10 @@ def _ab_terms_each(
         return torch.where(exponent == 0, 1.0, torch.exp(exponent * log))
 
     x, y = power(s, lq), power(s, lp)
-    crossed = x * torch.exp((alpha * d).clamp(max=0)) * torch.where(
-        alpha * d > 0, torch.exp((alpha * d).clamp(min=0, max=700)), 1.0
+    crossed = (
+        x
+        * torch.exp((alpha * d).clamp(max=0))
+        * torch.where(alpha * d > 0, torch.exp((alpha * d).clamp(min=0, max=700)), 1.0)
     )
     direct = torch.exp(alpha * lp + beta * lq)
     crossed = torch.where(direct.isfinite(), direct, crossed)
@@ -404,7 +408,7 @@ def _takes_rows(terms: object) -> bool:
     return isinstance(terms, _EachRow)
 
 
-@torch.compiler.disable
+@uncompiled
 def _reduced(
     student: Tensor,
     teacher: Tensor,

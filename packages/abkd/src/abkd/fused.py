@@ -18,6 +18,7 @@ from abkd._checks import (
     check_chunk_size,
     check_floating,
     detached_teacher,
+    uncompiled,
     wants_grad,
 )
 from abkd.divergence import Terms, chunk_rows, upcast
@@ -80,7 +81,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         objective.allocate(upcast(hidden[:0]).dtype, hidden.device)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad if with_grad else None)
-        for at in rows.split(chunk):
+        for at in torch.split(rows, chunk):
             h = hidden[at]
             logits = head.logits(h, weight, bias)
             slope = head.slope(logits) if with_grad else 1.0
@@ -101,7 +102,7 @@ class _FusedLoss(torch.autograd.Function):
         scaled = [None if g is None else g * factor for g in kept]
         if by_label is not None or by_lse is not None:
             gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, scaled)
-            for at in ctx.rows.split(ctx.chunk):
+            for at in torch.split(ctx.rows, ctx.chunk):
                 h = hidden[at]
                 logits = ctx.head.logits(h, weight, bias)
                 slope = ctx.head.slope(logits)
@@ -264,33 +265,33 @@ def fused_linear_ab_divergence(
     def teacher(at: Tensor) -> TeacherChunk:
         return DenseChunk(teacher_head.logits(flat[at], tw, tb), temperature)
 
-    settings = dict(
-        divergence=divergence,
-        alpha=alpha,
-        beta=beta,
-        mix=mix,
-        temperature=temperature,
-        temperature_power=temperature_power,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        labels=labels,
-        mask=mask,
-        token_weight=token_weight,
-        ce_token_weight=ce_token_weight,
-        weight_fn=weight_fn,
-        hard_labels=hard_labels,
-        n_valid=n_valid,
-        statistics=statistics,
-        return_label_logits=return_label_logits,
-        ignore_index=ignore_index,
-    )
+    settings = {
+        "divergence": divergence,
+        "alpha": alpha,
+        "beta": beta,
+        "mix": mix,
+        "temperature": temperature,
+        "temperature_power": temperature_power,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "labels": labels,
+        "mask": mask,
+        "token_weight": token_weight,
+        "ce_token_weight": ce_token_weight,
+        "weight_fn": weight_fn,
+        "hard_labels": hard_labels,
+        "n_valid": n_valid,
+        "statistics": statistics,
+        "return_label_logits": return_label_logits,
+        "ignore_index": ignore_index,
+    }
     head = Head(classes, student_logit_scale, student_softcap)
     return fused_loss(
         student_hidden, student_weight, student_bias, head, teacher, chunk_size, settings
     )
 
 
-@torch.compiler.disable
+@uncompiled
 def fused_loss(
     hidden: Tensor,
     weight: Tensor,

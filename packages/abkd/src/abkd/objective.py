@@ -25,6 +25,7 @@ from abkd._checks import (
     check_pair,
     check_temperature,
     detached_teacher,
+    uncompiled,
     wants_grad,
     warn_no_valid,
 )
@@ -188,9 +189,7 @@ class Objective:
     def _needs_plain(self) -> bool:
         return self.needs_target or bool(self.names) or self.weight_fn is not None
 
-    def _weights(
-        self, rows: Tensor, seen: TokenStatistics, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _weights(self, rows: Tensor, seen: TokenStatistics, like: Tensor) -> tuple[Tensor, Tensor]:
         soft = hard = torch.ones_like(like)
         if self.token_weight is not None:
             soft = soft * self.token_weight[rows]
@@ -235,7 +234,10 @@ class Objective:
             kd,
             ce,
             self.n_valid,
-            *(r[name].reshape(shape) for name in ("kd", "ce", "soft", "hard")),
+            per_token_kd=r["kd"].reshape(shape),
+            per_token_ce=r["ce"].reshape(shape),
+            soft_weight=r["soft"].reshape(shape),
+            hard_weight=r["hard"].reshape(shape),
             statistics={name: r[name].reshape(shape) for name in self.names},
             label_logit=label_logit.reshape(shape) if label_logit is not None else None,
             student_lse=lse.reshape(shape) if lse is not None else None,
@@ -328,7 +330,7 @@ class _PlainLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient = torch.zeros_like(student) if with_grad else None
         objective.allocate(upcast(student[:0]).dtype, student.device)
-        for at in rows.split(chunk):
+        for at in torch.split(rows, chunk):
             found = objective.chunk(upcast(student[at]), teacher(at), at, with_grad)
             if gradient is not None and found is not None:
                 gradient[at] = found.to(gradient.dtype)
@@ -344,7 +346,7 @@ class _PlainLoss(torch.autograd.Function):
         gradient, student, target = ctx.saved_tensors
         out = torch.zeros_like(gradient) if by_loss is None else gradient * by_loss
         if by_label is not None or by_lse is not None:
-            for at in ctx.rows.split(ctx.chunk):
+            for at in torch.split(ctx.rows, ctx.chunk):
                 extra = label_gradient(upcast(student[at]), target[at], at, by_label, by_lse)
                 out[at] += extra.to(out.dtype)
         return out, None, None, None, None, None
@@ -364,7 +366,7 @@ def label_gradient(
     return gradient
 
 
-@torch.compiler.disable
+@uncompiled
 def plain_loss(
     student_logits: Tensor,
     teacher: Callable[[Tensor], TeacherChunk],
@@ -461,26 +463,26 @@ def distillation_loss(
     """
     check_pair(student_logits, teacher_logits)
     flat = detached_teacher(teacher_logits, detach_teacher).reshape(-1, teacher_logits.shape[-1])
-    settings = dict(
-        divergence=divergence,
-        alpha=alpha,
-        beta=beta,
-        mix=mix,
-        temperature=temperature,
-        temperature_power=temperature_power,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        labels=labels,
-        mask=mask,
-        token_weight=token_weight,
-        ce_token_weight=ce_token_weight,
-        weight_fn=weight_fn,
-        hard_labels=hard_labels,
-        n_valid=n_valid,
-        statistics=statistics,
-        return_label_logits=return_label_logits,
-        ignore_index=ignore_index,
-    )
+    settings = {
+        "divergence": divergence,
+        "alpha": alpha,
+        "beta": beta,
+        "mix": mix,
+        "temperature": temperature,
+        "temperature_power": temperature_power,
+        "kd_weight": kd_weight,
+        "ce_weight": ce_weight,
+        "labels": labels,
+        "mask": mask,
+        "token_weight": token_weight,
+        "ce_token_weight": ce_token_weight,
+        "weight_fn": weight_fn,
+        "hard_labels": hard_labels,
+        "n_valid": n_valid,
+        "statistics": statistics,
+        "return_label_logits": return_label_logits,
+        "ignore_index": ignore_index,
+    }
     return plain_loss(
         student_logits, lambda at: DenseChunk(upcast(flat[at]), temperature), chunk_size, settings
     )

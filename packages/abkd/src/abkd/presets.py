@@ -71,20 +71,26 @@ _LANGUAGE: dict[str, Any] = {
     "pretraining_mix": "Skylion007/openwebtext, weight 1 (not run here)",
     "evaluation": "ROUGE-L, T=1, seeds 10, 20, 30, 40, 50",
 }
-_GPT2 = dict(task="language", teacher="openai-community/gpt2-xl", data=DOLLY, alpha=0.2, beta=0.7)
-_CIFAR = dict(
-    task="vision",
-    data="uoft-cs/cifar100",
-    temperature=4.0,
-    kd_weight=32.0,
-    ce_weight=1.0,
-    lr=0.05,
-    batch_size=64,
-    epochs=240,
-    alpha=0.8,
-    beta=0.3,
-    more={"momentum": 0.9, "weight_decay": 5e-4, "steps": [150, 180, 210], "gamma": 0.1},
-)
+_GPT2: dict[str, Any] = {
+    "task": "language",
+    "teacher": "openai-community/gpt2-xl",
+    "data": DOLLY,
+    "alpha": 0.2,
+    "beta": 0.7,
+}
+_CIFAR: dict[str, Any] = {
+    "task": "vision",
+    "data": "uoft-cs/cifar100",
+    "temperature": 4.0,
+    "kd_weight": 32.0,
+    "ce_weight": 1.0,
+    "lr": 0.05,
+    "batch_size": 64,
+    "epochs": 240,
+    "alpha": 0.8,
+    "beta": 0.3,
+    "more": {"momentum": 0.9, "weight_decay": 5e-4, "steps": [150, 180, 210], "gamma": 0.1},
+}
 _PAIRS = {
     "wrn-40-2": ["wrn-16-2", "wrn-40-1"],
     "resnet56": ["resnet20"],

@@ -20,26 +20,26 @@ from shared_core.errors import InputError
 
 __all__ = ["sparse_ab_divergence", "sparse_distillation_loss"]
 
-SETTINGS: dict[str, Any] = dict(
-    divergence="ab",
-    alpha=0.2,
-    beta=0.7,
-    mix=None,
-    temperature=1.0,
-    temperature_power=0.0,
-    kd_weight=1.0,
-    ce_weight=0.0,
-    labels=None,
-    mask=None,
-    token_weight=None,
-    ce_token_weight=None,
-    weight_fn=None,
-    hard_labels="labels",
-    n_valid=None,
-    statistics=(),
-    return_label_logits=False,
-    ignore_index=IGNORE_INDEX,
-)
+SETTINGS: dict[str, Any] = {
+    "divergence": "ab",
+    "alpha": 0.2,
+    "beta": 0.7,
+    "mix": None,
+    "temperature": 1.0,
+    "temperature_power": 0.0,
+    "kd_weight": 1.0,
+    "ce_weight": 0.0,
+    "labels": None,
+    "mask": None,
+    "token_weight": None,
+    "ce_token_weight": None,
+    "weight_fn": None,
+    "hard_labels": "labels",
+    "n_valid": None,
+    "statistics": (),
+    "return_label_logits": False,
+    "ignore_index": IGNORE_INDEX,
+}
 
 
 class TopKChunk:

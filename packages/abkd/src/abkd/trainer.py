@@ -95,7 +95,7 @@ class ModelSide:
     """
 
     hidden: Tensor | None
-    head: nn.Module | None
+    head: Any
     logits: Tensor | None
     softcap: float | None = None
     scale: float = 1.0
@@ -184,11 +184,11 @@ class DistillationTrainer(Trainer):
             processing_class=processing_class,
             **options,
         )
-        self.teacher = teacher_model
-        if teacher_model is not None:
-            teacher_model.requires_grad_(False).eval()
-            if self.place_model_on_device and getattr(teacher_model, "hf_device_map", None) is None:
-                teacher_model.to(self.args.device)
+        self.teacher: Any = teacher_model
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False).eval()
+            if self.place_model_on_device and getattr(self.teacher, "hf_device_map", None) is None:
+                self.teacher.to(self.args.device)
         size = _config(model)
         self.vocab_size = align_vocab(
             size,
@@ -232,17 +232,22 @@ class DistillationTrainer(Trainer):
     def loss_options(self) -> dict[str, Any]:
         """The settings of the loss; keywords of `abkd.distillation_loss`. Override to add some."""
         args = self.args
-        return dict(
-            divergence=args.divergence,
-            alpha=args.alpha,
-            beta=args.beta,
-            mix=args.mix,
-            temperature=args.temperature,
-            temperature_power=args.temperature_power,
-            kd_weight=args.kd_weight,
-            ce_weight=args.ce_weight,
-            statistics=("student_entropy", "teacher_entropy", "student_argmax", "teacher_argmax"),
-        )
+        return {
+            "divergence": args.divergence,
+            "alpha": args.alpha,
+            "beta": args.beta,
+            "mix": args.mix,
+            "temperature": args.temperature,
+            "temperature_power": args.temperature_power,
+            "kd_weight": args.kd_weight,
+            "ce_weight": args.ce_weight,
+            "statistics": (
+                "student_entropy",
+                "teacher_entropy",
+                "student_argmax",
+                "teacher_argmax",
+            ),
+        }
 
     def assemble_loss(self, output: DistillationOutput, labels: Tensor) -> Tensor:
         """What is minimised, already divided by ``output.n_valid``. Override to add terms.
@@ -348,11 +353,11 @@ class DistillationTrainer(Trainer):
             assert student.head is not None
             assert student.hidden is not None
             source = (student.hidden[:, :-1], student.head.weight)
-            extra: dict[str, Any] = dict(
-                student_bias=student.head.bias,
-                student_softcap=student.softcap,
-                student_logit_scale=student.scale,
-            )
+            extra: dict[str, Any] = {
+                "student_bias": student.head.bias,
+                "student_softcap": student.softcap,
+                "student_logit_scale": student.scale,
+            }
         else:
             source, extra = source[:, :-1, : self.vocab_size], {}
         return sparse_distillation_loss(

@@ -60,7 +60,8 @@ def align_vocab(
         mode: ``intersection`` cuts unequal heads; ``strict`` raises.
 
     Returns:
-        The tokenizer's largest id + 1 where tokenizers are given, at most the smaller head.
+        The size of the smaller head; with tokenizers, at most their largest id + 1. Where one
+        tokenizer goes on after the other ends (added tokens), the shorter one counts.
 
     Raises:
         VocabularyMismatchError: If the tokenizers give a token different ids (the first one is
@@ -74,10 +75,11 @@ def align_vocab(
     size = shared_size(*sizes, mode)
     if student_tokenizer is None and teacher_tokenizer is None:
         return size
-    own = (student_tokenizer or teacher_tokenizer).get_vocab()
-    if student_tokenizer is not None and teacher_tokenizer is not None:
-        _check_tokens(own, teacher_tokenizer.get_vocab())
-    return min(size, max(own.values()) + 1)
+    vocabs = [t.get_vocab() for t in (student_tokenizer, teacher_tokenizer) if t is not None]
+    if len(vocabs) == 2:
+        _check_tokens(*vocabs)
+    longest: list[int] = [max(v.values()) + 1 for v in vocabs]
+    return min(size, *longest)
 
 
 def _rows(source: Any) -> int:
@@ -93,7 +95,7 @@ def _check_tokens(student: dict[str, int], teacher: dict[str, int]) -> None:
     if student == teacher:
         return
     ids = [{index: token for token, index in vocab.items()} for vocab in (student, teacher)]
-    for index in sorted(ids[0].keys() | ids[1].keys()):
+    for index in range(min(max(i) for i in ids) + 1):
         mine, theirs = ids[0].get(index), ids[1].get(index)
         if mine != theirs:
             raise VocabularyMismatchError(

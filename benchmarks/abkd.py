@@ -1,0 +1,37 @@
+"""The α-β-divergence and the fused loss beside the formulas written out plainly: time and memory.
+
+Run with ``nox -s bench -- abkd``. The plain forms are two softmaxes and three powers (the α-β
+formula as one would write it down) and ``F.kl_div`` of two log-softmaxes.
+"""
+
+import argparse
+from pathlib import Path
+
+from abkd.bench import measure_losses
+from shared_core.device import environment, select_device
+from shared_core.run import write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--machine", default="idle", help="Say whether it was loaded.")
+    arguments = parser.parse_args()
+    device = select_device(arguments.device)
+    result = {
+        f"{tokens} tokens, {classes} classes, width {width}": measure_losses(
+            tokens, classes, width, repeats=arguments.repeats, device=device
+        )
+        for tokens, classes, width in ((192, 50_257, 64), (768, 50_257, 64))
+    }
+    result["machine"] = arguments.machine
+    result["environment"] = environment("abkd")
+    path = arguments.out / f"abkd-{device.type}.json"
+    write_json(path, result)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

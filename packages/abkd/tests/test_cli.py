@@ -1,0 +1,211 @@
+"""The command line: every command runs, a killed run goes on, bad input is refused in a line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abkd.cli import main
+from shared_core.testing import CliResult
+
+Run = Callable[..., CliResult]
+pytestmark = pytest.mark.usefixtures("without_type_checks")
+
+
+def test_help_teaches(run_cli: Run) -> None:
+    shown = run_cli(main, "--help")
+    assert shown.code == 0
+    for name in ["demo", "train", "capture", "presets", "bench"]:
+        assert name in shown.stdout
+        assert run_cli(main, name, "--help").code == 0
+
+
+@pytest.mark.smoke
+def test_demo_writes_a_run(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import abkd.demo as the_demo
+
+    monkeypatch.setattr(the_demo, "GRID", (0.05, 0.5, 1.0))
+    real = the_demo.DemoSettings
+    monkeypatch.setattr(the_demo, "DemoSettings", lambda steps: real(steps=5))
+    shown = run_cli(main, "demo", "--quick", "--json", "--seeds", 2)
+    assert shown.code == 0, shown.stderr
+    summary = json.loads(shown.stdout)
+    folder = Path("runs/abkd/demo")
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written.pop("timing")["seconds"] > 0
+    assert written == summary
+    assert [row["divergence"] for row in written["summary"]["rows"]] == list(the_demo.NAMED)
+    for name in ("heatmap", "tradeoff"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000
+    assert json.loads((folder / "config.json").read_text())["command"] == "abkd demo"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[str]:
+    """A tiny Qwen student and Llama teacher with heads of unequal size, and data, on disk."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("datasets")
+    import torch
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    from shared_core.data.text import train_bpe
+
+    text = ["The quick brown fox jumps over the lazy dog. " * 4]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(text, 270), pad_token="<pad>", eos_token="<eos>"
+    )
+    common: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    student = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=288, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                    **common)
+    )  # fmt: skip
+    teacher = LlamaForCausalLM(
+        LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                    initializer_range=0.3, **common)
+    )  # fmt: skip
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"prompt": "The quick", "completion": f" brown fox {i}"} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        "train", "--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"),
+        "--data", str(tmp_path / "data.jsonl"), "--max-steps", "30", "--save-steps", "5",
+        "--batch-size", "2", "--accumulation", "2", "--lr", "0.003", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def start(argv: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+    """The command in a process of its own, which can be killed."""
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(folder / "cache"))
+    with (folder / "said.txt").open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", "abkd.cli", *argv], cwd=folder, env=environment,
+            stdout=said, stderr=said,
+        )  # fmt: skip
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
+    pair: list[str], tmp_path: Path, run_cli: Run
+) -> None:
+    from safetensors.torch import load_file
+
+    whole = run_cli(main, *pair, "--out", tmp_path / "whole")
+    assert whole.code == 0, whole.stderr
+    killed = start([*pair, "--out", "killed"], tmp_path)
+    mark = tmp_path / "killed/checkpoints/checkpoint-10/complete.json"
+    limit = time.monotonic() + 300
+    while not mark.is_file() and time.monotonic() < limit and killed.poll() is None:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "killed/student").exists()
+    refused = run_cli(main, *pair, "--out", tmp_path / "killed")
+    assert refused.code == 2
+    assert "continue it with --resume" in refused.stderr
+    other = [*pair, "--out", tmp_path / "killed", "--resume", "--alpha", "0.5"]
+    assert "give the same settings" in run_cli(main, *other).stderr
+    again = run_cli(main, *pair, "--out", tmp_path / "killed", "--resume")
+    assert again.code == 0, again.stderr
+    one, two = (
+        load_file(tmp_path / name / "student/model.safetensors") for name in ("whole", "killed")
+    )
+    assert all((one[name] == two[name]).all() for name in one)
+    numbers = [
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "killed")
+    ]
+    for found in numbers:
+        found.pop("timing")
+    assert numbers[0] == numbers[1]
+    assert numbers[0]["steps"] == 30
+    assert numbers[0]["last"]["kd"] < numbers[0]["first"]["kd"]
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "killed")]
+    assert [json.loads(line).get("kd") for line in logs[0].splitlines()] == [
+        json.loads(line).get("kd") for line in logs[1].splitlines()
+    ]
+
+
+def test_capture_then_train_without_the_teacher(
+    pair: list[str], tmp_path: Path, run_cli: Run
+) -> None:
+    options = [*pair[3:7], "--k", "20", "--device", "cpu", "--out", "top"]
+    first = run_cli(main, "capture", *options, "--json")
+    assert first.code == 0, first.stderr
+    assert json.loads(first.stdout)["rows"] == 40
+    files = sorted(Path("top").glob("*.parquet"))
+    files[-1].unlink()
+    refused = run_cli(main, "capture", *options)
+    assert refused.code == 2
+    assert run_cli(main, "capture", *options, "--resume").code == 0
+    assert sorted(Path("top").glob("*.parquet")) == files
+    online = run_cli(main, *pair, "--max-steps", 2, "--out", "on", "--json")
+    assert online.code == 0, online.stderr
+    arguments = [*pair[:3], "--data", "top", *pair[7:], "--max-steps", 2, "--out", "off", "--json"]
+    offline = run_cli(main, *arguments)
+    assert offline.code == 0, offline.stderr
+    one, two = (json.loads(shown.stdout)["first"]["kd"] for shown in (online, offline))
+    assert one == pytest.approx(two, rel=0.2)  # the top 20 hold most of the teacher's mass
+    assert one != two
+    refused = run_cli(main, "capture", *options[:4], "--k", "9999", "--out", "other")
+    assert "accepted: 1 to" in refused.stderr
+
+
+def test_presets_and_plan(run_cli: Run) -> None:
+    listed = json.loads(run_cli(main, "presets", "--json").stdout)
+    assert listed["gpt2-small-dolly"]["alpha"] == 0.2
+    assert listed["openllama-3b-dolly"]["student"] == "openlm-research/open_llama_3b_v2"
+    assert "clip-base-to-new" in run_cli(main, "presets").stdout
+    for name, preset in listed.items():
+        shown = run_cli(main, "train", "--preset", name, "--dry-run", "--json")
+        if preset["task"] == "language":
+            plan = json.loads(shown.stdout)
+            assert (plan["student"], plan["alpha"]) == (preset["student"], preset["alpha"])
+        else:
+            assert shown.code == 2
+
+
+def test_bench(run_cli: Run) -> None:
+    shown = run_cli(
+        main, "bench", "--tokens", 4, "--classes", 50, "--repeats", 1, "--json", "--out", "b"
+    )
+    assert shown.code == 0, shown.stderr
+    assert json.loads(shown.stdout)["ratios"]["plain_ab over ab, time"] > 0
+    assert Path("b/metrics.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train"], "say what to train"),
+        (["train", "--preset", "mnist"], "no preset is called 'mnist'"),
+        (["train", "--preset", "clip-base-to-new"], "a run of clip"),
+        (["train", "--student", "./none", "--data", "pydoc"], "cannot load the model ./none"),
+        (["train", "--student", "a", "--data", "b", "--device", "tpu"], "device 'tpu'"),
+        (["demo", "--seeds", "0"], "--seeds"),
+        (["demo", "--device", "mps"], "mps"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(run_cli: Run, argv: list[str], message: str) -> None:
+    shown = run_cli(main, *argv)
+    assert shown.code == 2
+    assert message in shown.stderr
+    assert len(shown.stderr.strip().splitlines()) <= 2
+    assert "Traceback" not in shown.stderr
