@@ -1,5 +1,6 @@
 """The command line: every command runs, says what it did, and refuses bad input in a line."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from shared_core.errors import InputError
 from shared_core.testing import CliResult
 
 Run = Callable[..., CliResult]
+# transformers fills float settings with ints.
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 def test_help_teaches(run_cli: Run) -> None:
@@ -30,7 +33,9 @@ def test_demo_writes_a_run(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 
     short = the_demo.DemoSettings(rounds=2, sequences=60, steps=6, batch=8, rollouts=60)
     whole = the_demo.kappa_picture
-    monkeypatch.setattr(the_demo, "DemoSettings", lambda: short)
+    monkeypatch.setattr(
+        the_demo, "DemoSettings", lambda **changes: dataclasses.replace(short, **changes)
+    )
     monkeypatch.setattr(the_demo, "kappa_picture", lambda seed: whole(seed, steps=2, texts=2))
     shown = run_cli(main, "demo", "--quick", "--json")
     assert shown.code == 0, shown.stderr

@@ -6,6 +6,7 @@
 Both sides are sampled, and both models score every state of both.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,6 +188,9 @@ def sample(
     )
     alive = torch.ones(len(prompts), dtype=torch.bool, device=ids.device)
     cached = hasattr(model, "config")
+    # transformers calls the argument `cache` from 5.x on, and `past_key_values` before.
+    newer = cached and "cache" in inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
+    name = "cache" if newer else "past_key_values"
     past = None
     for _ in range(max_new_tokens):
         if cached:
@@ -196,10 +200,10 @@ def sample(
                 input_ids=new,
                 attention_mask=mask.long(),
                 position_ids=positions[:, -new.shape[1] :],
-                past_key_values=past,
                 use_cache=True,
+                **{name: past},
             )
-            past, logits = out.past_key_values, out.logits[:, -1]
+            past, logits = getattr(out, name), out.logits[:, -1]
         else:
             logits = model_logits(model, ids, mask)[:, -1]
         p = torch.softmax(logits[:, :vocab].double().cpu() / temperature, -1)
@@ -294,6 +298,8 @@ def exposure_bias(
     """
     if n_rollouts < 1 or batch_size < 1:
         raise InputError("n_rollouts and batch_size have to be at least 1")
+    if not prompts or min(map(len, prompts)) == 0:
+        raise InputError("every prompt needs at least one token (a begin token will do)")
     if references is not None and len(references) != len(prompts):
         raise InputError(f"{len(references)} references for {len(prompts)} prompts; one each")
     vocab = shared_vocab(student, teacher, vocab)
@@ -348,8 +354,6 @@ def _joined(
     prompts: list[list[int]], replies: list[list[int]], device: torch.device | None
 ) -> tuple[Tensor, Tensor, int]:
     """Prompts padded on the left and replies on the right, in one tensor."""
-    if not prompts or min(map(len, prompts)) == 0:
-        raise InputError("every prompt needs at least one token (a begin token will do)")
     width, length = max(map(len, prompts)), max(1, *map(len, replies))
     ids = torch.zeros(len(prompts), width + length, dtype=torch.int64)
     mask = torch.zeros_like(ids, dtype=torch.bool)

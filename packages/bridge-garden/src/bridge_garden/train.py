@@ -1,5 +1,7 @@
 """A training run from the command line: models, rows, the trainer, the run folder."""
 
+import contextlib
+import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -110,7 +112,6 @@ def train(
         warmup_steps=settings.warmup_ratio,
         lr_scheduler_type="cosine",
         bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
         save_steps=settings.save_steps,
         save_total_limit=2,
         logging_steps=1,
@@ -118,6 +119,7 @@ def train(
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
         seed=settings.seed,
+        **_checkpointing(settings),
     )
     started = time.perf_counter()
 
@@ -141,7 +143,9 @@ def train(
         {**asdict(settings), "vocab_size": trainer.vocab_size},
         distributions=["bridge-garden", "abkd", "transformers"],
     )
-    trainer.train(resume_from_checkpoint=last)
+    # The trainer prints its log lines on stdout, which is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(str(run.path / "student"))
     trainer.save_model(str(run.path / "student"))
@@ -160,6 +164,15 @@ def train(
     metrics = {"steps": trainer.state.global_step, **final}
     run.write_metrics(metrics, timing={"seconds": time.perf_counter() - started})
     return metrics
+
+
+def _checkpointing(settings: TrainSettings) -> dict[str, bool]:
+    """The argument's name, which later versions of transformers changed."""
+    from transformers import TrainingArguments
+
+    newer = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if newer else "gradient_checkpointing"
+    return {name: True} if settings.gradient_checkpointing else {}
 
 
 def _lora(settings: TrainSettings) -> Any:
