@@ -7,12 +7,11 @@ import pytest
 import torch
 
 pytest.importorskip("accelerate")
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402 - after the look for it
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bridge_garden import Risk, StepInfo, hybrid_loss
 from bridge_garden.trainer import HybridConfig, HybridTrainer
 from shared_core.errors import InputError
-
 
 # transformers fills float settings with ints.
 pytestmark = pytest.mark.usefixtures("without_type_checks")

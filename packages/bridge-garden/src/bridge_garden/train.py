@@ -166,7 +166,7 @@ def train(
     return metrics
 
 
-def _checkpointing(settings: TrainSettings) -> dict[str, bool]:
+def _checkpointing(settings: TrainSettings) -> dict[str, Any]:
     """The argument's name, which later versions of transformers changed."""
     from transformers import TrainingArguments
 
