@@ -71,7 +71,7 @@ def cost_account(
 
     Example:
         >>> cost_account(3e9, 7e9).ratio
-        2.02
+        1.49
     """
     numbers = (
         student_parameters,
