@@ -359,7 +359,8 @@ def tell(methods: dict[str, Any], teacher_entropy: float) -> str:
         difference, error = found["mean"], found["standard_error"]
         wins = (difference < 0) == low_is_good
         sure = error is not None and abs(difference) > 2 * error
-        verdict = ("better" if wins else "worse") if sure else "no clear difference"
+        unsure = "one seed" if error is None else "no clear difference"
+        verdict = ("better" if wins else "worse") if sure else unsure
         size = f"{difference:+.3f}" + (f" ±{error:.3f}" if error is not None else "")
         return f"{label} {size} ({verdict})"
 
