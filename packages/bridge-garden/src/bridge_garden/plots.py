@@ -54,7 +54,7 @@ def plot_comparison(methods: Mapping[str, Any], teacher_entropy: float) -> Any:
     right.barh(names, bias, left=fit, xerr=errors, color=COLORS[1], label="exposure bias")
     right.invert_yaxis()
     right.set_xlabel("inference error (forward KL per position, nats)")
-    right.set_title("Inference error = fit + exposure bias (hard labels: off the scale)")
+    right.set_title("Inference error (hard labels: off the scale)")
     right.legend(fontsize="small", loc="lower right")
     return figure
 
