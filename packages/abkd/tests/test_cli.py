@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
 def test_capture_then_train_without_the_teacher(
     pair: list[str], tmp_path: Path, run_cli: Run
 ) -> None:
-    options = [*pair[3:7], "--k", "20", "--device", "cpu", "--out", "top"]
+    options = [*pair[3:7], "--k", "250", "--device", "cpu", "--out", "top"]
     first = run_cli(main, "capture", *options, "--json")
     assert first.code == 0, first.stderr
     assert json.loads(first.stdout)["rows"] == 40
@@ -162,7 +162,7 @@ def test_capture_then_train_without_the_teacher(
     offline = run_cli(main, *arguments)
     assert offline.code == 0, offline.stderr
     one, two = (json.loads(shown.stdout)["first"]["kd"] for shown in (online, offline))
-    assert one == pytest.approx(two, rel=0.2)  # the top 20 hold most of the teacher's mass
+    assert one == pytest.approx(two, rel=0.1)  # nearly all tokens are listed
     assert one != two
     refused = run_cli(main, "capture", *options[:4], "--k", "9999", "--out", "other")
     assert "accepted: 1 to" in refused.stderr

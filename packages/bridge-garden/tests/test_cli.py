@@ -36,7 +36,7 @@ def test_demo_writes_a_run(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         the_demo, "DemoSettings", lambda **changes: dataclasses.replace(short, **changes)
     )
-    monkeypatch.setattr(the_demo, "kappa_picture", lambda seed: whole(seed, steps=2, texts=2))
+    monkeypatch.setattr(the_demo, "kappa_picture", lambda seed: whole(seed, steps=2, texts=2, rounds=2))
     shown = run_cli(main, "demo", "--quick", "--json")
     assert shown.code == 0, shown.stderr
     written = json.loads(Path("runs/bridge-garden/demo/metrics.json").read_text())

@@ -38,7 +38,7 @@ def test_hard_labels_narrow_the_gardens() -> None:
 
 def test_pictures_and_words() -> None:
     results = [run_seed(s, ["soft", "hard", "static", "confidence", "risk"], SHORT) for s in (0, 1)]
-    picture = dataclasses.replace(kappa_picture(0, steps=2, texts=2))
+    picture = kappa_picture(0, steps=2, texts=2, rounds=2)
     bias = picture.decomposition.bias
     assert sum(picture.decomposition.attribution) == pytest.approx(bias, abs=1e-10)
     assert sorted(figures(results, picture, 1.9)) == ["comparison", "kappa", "positions"]

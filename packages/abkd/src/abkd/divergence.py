@@ -433,7 +433,7 @@ def _reduced(
     count = student.numel() // classes if rows is None else len(rows)
     if count == 0:
         warn_no_valid()
-    value = _Divergence.apply(
+    value: Tensor = _Divergence.apply(
         student.reshape(-1, classes),
         teacher.reshape(-1, classes),
         terms,

@@ -1,6 +1,8 @@
 """A distillation run in a folder: load, train, save, and go on after an interruption."""
 
+import contextlib
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -238,7 +240,8 @@ def train(
     )
     whole = [path for path in found if (path / MARK).is_file()]
     last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log lines to stdout
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.save_model(str(out / "student"))
     clock = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
     history = [{k: v for k, v in h.items() if k not in clock} for h in trainer.state.log_history]

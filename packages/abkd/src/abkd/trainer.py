@@ -185,10 +185,11 @@ class DistillationTrainer(Trainer):
             **options,
         )
         self.teacher: Any = teacher_model
-        if self.teacher is not None:
-            self.teacher.requires_grad_(False).eval()
-            if self.place_model_on_device and getattr(self.teacher, "hf_device_map", None) is None:
-                self.teacher.to(self.args.device)
+        if teacher_model is not None:
+            frozen: Any = teacher_model
+            frozen.requires_grad_(False).eval()
+            if self.place_model_on_device and getattr(frozen, "hf_device_map", None) is None:
+                frozen.to(self.args.device)
         size = _config(model)
         self.vocab_size = align_vocab(
             size,

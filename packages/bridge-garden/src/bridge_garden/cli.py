@@ -67,8 +67,10 @@ def demo(
 
     if device not in ("auto", "cpu"):
         raise InputError(f"--device {device}: the demo's students are tiny and run on the cpu")
-    default = "soft,hard,static,confidence" if quick else ",".join(the_demo.METHODS)
-    names = [m.strip() for m in (methods or default).split(",") if m.strip()]
+    default = the_demo.QUICK if quick else the_demo.DEFAULT
+    names = list(default)
+    if methods is not None:
+        names = [m.strip() for m in methods.split(",") if m.strip()]
     settings = the_demo.DemoSettings()
     count = min(seeds, 2) if quick else seeds
     run = RunFolder(out or Path("runs/bridge-garden/demo"))

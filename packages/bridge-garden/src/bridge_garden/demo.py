@@ -21,7 +21,9 @@ from bridge_garden.weights import StepInfo, weight_from_string
 from shared_core.errors import InputError
 
 __all__ = [
+    "DEFAULT",
     "METHODS",
+    "QUICK",
     "DemoSettings",
     "KappaPicture",
     "MethodResult",
@@ -47,6 +49,11 @@ METHODS = {
 }
 """The methods and their weights; ``risk`` adds the risk-guided hard label with α = 0.1."""
 
+DEFAULT = ("soft", "hard", "static", "confidence", "entropy", "risk")
+"""Those that run by default; the curriculum ends as its static weight does."""
+
+QUICK = ("soft", "hard", "static", "confidence")
+
 TITLES = {
     "soft": "soft labels",
     "hard": "hard labels",
@@ -69,7 +76,7 @@ class DemoSettings:
 
     rounds: int = 14
     sequences: int = 1500
-    steps: int = 400
+    steps: int = 300
     batch: int = 32
     lr: float = 4e-3
     weight_decay: float = 0.01
@@ -245,23 +252,25 @@ class KappaPicture:
     decomposition: Decomposition
 
 
-SMALL = Ledger(modulus=4, ops=(0.6, 0.4), fillers=3, fillers_per_round=1, rounds=4, window=3)
-
-
-def kappa_picture(seed: int, *, steps: int = 250, texts: int = 60) -> KappaPicture:
-    """Compute κ without sampling on a ledger of four digits, three fillers and four rounds.
+def kappa_picture(
+    seed: int, *, steps: int = 250, texts: int = 60, rounds: int = 4
+) -> KappaPicture:
+    """Compute κ without sampling on a ledger of four digits and three fillers.
 
     Args:
         seed: Of the student.
         steps: Of its training.
         texts: Texts of the teacher whose states are asked about.
+        rounds: Of the ledger; every reachable state is visited, so this is kept small.
 
     Example:
-        >>> picture = kappa_picture(0, steps=2, texts=2)
+        >>> picture = kappa_picture(0, steps=2, texts=2, rounds=1)
         >>> len(picture.by_place) == len(picture.kinds)
         True
     """
-    ledger = SMALL
+    ledger = Ledger(
+        modulus=4, ops=(0.6, 0.4), fillers=3, fillers_per_round=1, rounds=rounds, window=3
+    )
     generator = torch.Generator().manual_seed(seed)
     ids = ledger.sample(500, generator)
     settings = DemoSettings(steps=steps, rounds=ledger.rounds)
