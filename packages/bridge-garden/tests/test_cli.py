@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +41,9 @@ def test_demo_writes_a_run(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         the_demo, "DemoSettings", lambda **changes: dataclasses.replace(short, **changes)
     )
-    monkeypatch.setattr(the_demo, "kappa_picture", lambda seed: whole(seed, steps=2, texts=2, rounds=2))
+    monkeypatch.setattr(
+        the_demo, "kappa_picture", lambda seed: whole(seed, steps=2, texts=2, rounds=2)
+    )
     shown = run_cli(main, "demo", "--quick", "--json")
     assert shown.code == 0, shown.stderr
     written = json.loads(Path("runs/bridge-garden/demo/metrics.json").read_text())
@@ -81,32 +88,54 @@ def pair(tmp_path: Path) -> tuple[str, str, str]:
     return tuple(str(tmp_path / n) for n in ("student", "teacher", "rows.jsonl"))
 
 
-def test_train_saves_a_student_and_resumes(run_cli: Run, pair: tuple[str, str, str]) -> None:
+def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
+    run_cli: Run, pair: tuple[str, str, str]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     student, teacher, data = pair
     command = ["train", "--student", student, "--teacher", teacher, "--data", data]
     command += ["--device", "cpu", "--batch-size", "2", "--accumulation", "2", "--json"]
-    command += ["--lr", "1e-2", "--save-steps", "2", "--max-steps", "4", "--risk-alpha", "0.1"]
+    command += ["--lr", "1e-2", "--save-steps", "5", "--max-steps", "40", "--risk-alpha", "0.1"]
+    command += ["--weight", "curriculum:0.4"]
     shown = run_cli(main, *command, "--out", "whole")
     assert shown.code == 0, shown.stderr
     first = json.loads(shown.stdout)
-    assert first["steps"] == 4
+    assert first["steps"] == 40
     assert json.loads(Path("whole/config.json").read_text())["settings"]["vocab_size"] == 17
     logged = [json.loads(line) for line in Path("whole/log.jsonl").read_text().splitlines()]
     assert {"weight", "risk"} <= logged[0].keys()
-    whole = AutoModelForCausalLM.from_pretrained("whole/student").state_dict()
-    assert run_cli(main, *command, "--out", "whole").code == 2
+    assert "continue it with --resume" in run_cli(main, *command, "--out", "whole").stderr
+    assert run_cli(main, *command, "--out", "fresh", "--resume").code == 2
 
-    import shutil
-
-    shutil.rmtree("whole/checkpoints/checkpoint-4")
-    again = run_cli(main, *command, "--out", "whole", "--resume")
+    with Path("said.txt").open("w") as said:
+        killed = subprocess.Popen(
+            [sys.executable, "-m", "bridge_garden.cli", *command, "--out", "killed"],
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+    mark = Path("killed/checkpoints/checkpoint-10/complete.json")
+    limit = time.monotonic() + 300
+    while not mark.is_file() and time.monotonic() < limit and killed.poll() is None:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait(60) == -signal.SIGKILL, Path("said.txt").read_text()
+    assert not Path("killed/student").exists()
+    # A checkpoint that was being written does not count.
+    Path("killed/checkpoints/checkpoint-39").mkdir()
+    other = run_cli(main, *command, "--out", "killed", "--resume", "--weight", "soft")
+    assert (other.code, "another weight" in other.stderr) == (2, True)
+    again = run_cli(main, *command, "--out", "killed", "--resume")
     assert again.code == 0, again.stderr
     assert json.loads(again.stdout) == first
-    resumed = AutoModelForCausalLM.from_pretrained("whole/student").state_dict()
+    whole, resumed = (
+        AutoModelForCausalLM.from_pretrained(f"{name}/student").state_dict()
+        for name in ("whole", "killed")
+    )
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
-    assert run_cli(main, *command, "--out", "fresh", "--resume").code == 2
+    steps = [json.loads(x) for x in Path("killed/log.jsonl").read_text().splitlines()]
+    assert [x["loss"] for x in steps if "loss" in x] == [x["loss"] for x in logged if "loss" in x]
 
 
 def test_exposure_and_kappa(run_cli: Run, pair: tuple[str, str, str]) -> None:

@@ -252,9 +252,7 @@ class KappaPicture:
     decomposition: Decomposition
 
 
-def kappa_picture(
-    seed: int, *, steps: int = 250, texts: int = 60, rounds: int = 4
-) -> KappaPicture:
+def kappa_picture(seed: int, *, steps: int = 250, texts: int = 60, rounds: int = 4) -> KappaPicture:
     """Compute κ without sampling on a ledger of four digits and three fillers.
 
     Args:

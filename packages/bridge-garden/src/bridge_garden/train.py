@@ -1,9 +1,11 @@
 """A training run from the command line: models, rows, the trainer, the run folder."""
 
 import contextlib
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ import torch
 from bridge_garden.models import load_tokenizer, read_rows
 from bridge_garden.presets import Preset
 from shared_core.errors import InputError, MissingExtraError
-from shared_core.run import RunFolder
+from shared_core.run import RunFolder, atomic_path
 
 __all__ = ["TrainSettings", "train"]
+
+MARK = "complete.json"
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ def train(
 ) -> dict[str, Any]:
     """Train, save the student as safetensors into ``student/``, and return the last numbers.
 
+    A checkpoint counts only once it has been written whole, so a run killed at any moment goes on
+    from the last whole one and ends in the same numbers.
+
     Args:
         settings: Of the run.
         run: Its folder; checkpoints go under ``checkpoints/``.
@@ -77,23 +84,28 @@ def train(
         resume: Continue from the last checkpoint.
 
     Raises:
-        InputError: If models or data cannot be loaded, or there is nothing to resume or an
-            earlier run is in the way.
+        InputError: If models or data cannot be loaded, there is nothing to resume, an earlier run
+            is in the way, or it had other settings.
     """
     from transformers import TrainerCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     from bridge_garden.trainer import HybridConfig, HybridTrainer
 
     checkpoints = run.path / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if resume and last is None:
+    found = list(checkpoints.glob("checkpoint-*"))
+    if resume and not found:
         raise InputError(f"{run.path} has no checkpoint to resume from; leave out --resume")
-    if last is not None and not resume:
+    if found and not resume:
         raise InputError(
             f"{run.path} holds checkpoints of an earlier run; continue it with --resume, or choose "
             "another --out"
         )
+    last = None
+    if resume:
+        _check_same(settings, run.path)
+        whole = [path for path in found if (path / MARK).is_file()]
+        last = max(whole, key=_step, default=None)
+        _cut_log(run.path / "log.jsonl", _step(last) if last is not None else 0)
     rows = read_rows(settings.data)
     tokenizer = load_tokenizer(settings.student)
     peft_config = _lora(settings)
@@ -123,11 +135,18 @@ def train(
     )
     started = time.perf_counter()
 
-    class WriteLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    class Records(TrainerCallback):  # type: ignore[misc, unused-ignore]
         def on_log(
             self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any
         ) -> None:
-            run.log(step=state.global_step, **(logs or {}))
+            if state.is_world_process_zero:
+                run.log(step=state.global_step, **(logs or {}))
+
+        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                with atomic_path(folder / MARK) as temporary:
+                    temporary.write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
 
     trainer = HybridTrainer(
         settings.student,
@@ -136,7 +155,7 @@ def train(
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[WriteLog()],
+        callbacks=[Records()],
     )
     run.write_config(
         "bridge-garden train",
@@ -145,7 +164,7 @@ def train(
     )
     # The trainer prints its log lines on stdout, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(str(run.path / "student"))
     trainer.save_model(str(run.path / "student"))
@@ -164,6 +183,38 @@ def train(
     metrics = {"steps": trainer.state.global_step, **final}
     run.write_metrics(metrics, timing={"seconds": time.perf_counter() - started})
     return metrics
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _check_same(settings: TrainSettings, folder: Path) -> None:
+    """Refuse to continue a run with settings that it did not have."""
+    try:
+        earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} has no readable config.json; choose another --out") from error
+    changed = [n for n, value in asdict(settings).items() if earlier.get(n) != value]
+    if changed:
+        raise InputError(
+            f"the run in {folder} had another {', '.join(changed)}; give the same settings, or "
+            "choose another --out"
+        )
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the lines after the checkpoint, which the resumed run writes again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        # The last line of a killed run may be cut off.
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _checkpointing(settings: TrainSettings) -> dict[str, Any]:
