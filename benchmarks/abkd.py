@@ -18,13 +18,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--machine", default="idle", help="Say whether it was loaded.")
+    parser.add_argument("--short", action="store_true", help="The small case only.")
     arguments = parser.parse_args()
     device = select_device(arguments.device)
-    result = {
+    cases = [(192, 50_257, 64), (768, 50_257, 64)][: 1 if arguments.short else 2]
+    result: dict[str, object] = {
         f"{tokens} tokens, {classes} classes, width {width}": measure_losses(
             tokens, classes, width, repeats=arguments.repeats, device=device
         )
-        for tokens, classes, width in ((192, 50_257, 64), (768, 50_257, 64))
+        for tokens, classes, width in cases
     }
     result["machine"] = arguments.machine
     result["environment"] = environment("abkd")

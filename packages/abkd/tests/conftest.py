@@ -7,6 +7,14 @@ from torch import Tensor
 pytest_plugins = ["shared_core.testing"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # transformers 5.24 renames these; transformers itself and peft still use the old names.
+    for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
+        config.addinivalue_line(
+            "filterwarnings", f"ignore:`{name}` is deprecated and will be removed:FutureWarning"
+        )
+
+
 def _textbook(z: Tensor, t: Tensor, alpha: float, beta: float, tau: float = 1.0) -> Tensor:
     """D^(α,β) of §4.1 of the paper and its limits, by probabilities in float64, per row."""
     q = torch.softmax(z.double() / tau, -1)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("without_type_checks")
 def test_help_teaches(run_cli: Run) -> None:
     shown = run_cli(main, "--help")
     assert shown.code == 0
-    for name in ["demo", "train", "capture", "presets", "bench"]:
+    for name in ["demo", "train", "capture", "evaluate", "presets", "bench"]:
         assert name in shown.stdout
         assert run_cli(main, name, "--help").code == 0
 
@@ -166,6 +166,33 @@ def test_capture_then_train_without_the_teacher(
     assert one != two
     refused = run_cli(main, "capture", *options[:4], "--k", "9999", "--out", "other")
     assert "accepted: 1 to" in refused.stderr
+
+
+def test_evaluate(pair: list[str], tmp_path: Path, run_cli: Run) -> None:
+    common = ["evaluate", "--model", pair[2], "--device", "cpu", "--max-new-tokens", 4]
+    common += ["--data", pair[6], "--json"]
+    shown = run_cli(main, *common, "--metric", "exact_match", "--limit", 3, "--out", "e")
+    assert shown.code == 0, shown.stderr
+    assert json.loads(shown.stdout)["rows"] == 3
+    lines = [json.loads(line) for line in Path("e/log.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["The quick"] * 3
+    refused = run_cli(main, *common, "--metric", "bleu")
+    assert refused.code == 2
+    assert "accepted: rouge_l, exact_match" in refused.stderr
+    (tmp_path / "text.jsonl").write_text('{"story": "x"}')
+    refused = run_cli(main, *common, "--data", tmp_path / "text.jsonl")
+    assert refused.code == 2
+    assert "evaluation needs prompt and" in refused.stderr
+
+
+def test_a_run_that_cannot_be_read_is_not_continued(
+    pair: list[str], tmp_path: Path, run_cli: Run
+) -> None:
+    (tmp_path / "bad/checkpoints/checkpoint-5").mkdir(parents=True)
+    (tmp_path / "bad/config.json").write_text('{"settings": ')
+    shown = run_cli(main, *pair, "--out", tmp_path / "bad", "--resume")
+    assert shown.code == 2
+    assert "config.json cannot be read" in shown.stderr
 
 
 def test_presets_and_plan(run_cli: Run) -> None:

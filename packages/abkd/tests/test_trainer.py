@@ -226,7 +226,7 @@ def test_the_loss_can_be_overridden(tmp_path: Path) -> None:
     torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_packed_rows_and_empty_responses(tmp_path: Path) -> None:
+def test_empty_responses_are_harmless(tmp_path: Path) -> None:
     t = trainer(tmp_path)
     data = rows(4)
     data[1]["labels"] = [-100] * len(data[1]["labels"])
@@ -235,6 +235,21 @@ def test_packed_rows_and_empty_responses(tmp_path: Path) -> None:
     torch.testing.assert_close(
         with_empty, t.compute_loss(t.model, collate([data[0], *data[2:]])), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_packed_sequences_equal_separate_rows(tmp_path: Path, fused: bool) -> None:
+    t = trainer(tmp_path, fused=fused)
+    data = rows(4)
+    packed = {
+        "input_ids": torch.cat([torch.tensor(row["input_ids"]) for row in data])[None],
+        "labels": torch.cat([torch.tensor(row["labels"]) for row in data])[None],
+        "position_ids": torch.cat([torch.arange(len(r["input_ids"])) for r in data])[None],
+    }
+    apart = t.compute_loss(t.model, CompletionCollator(0)(data))
+    torch.testing.assert_close(t.compute_loss(t.model, packed), apart, rtol=1e-4, atol=1e-6)
+    together = {**packed, "position_ids": torch.arange(packed["labels"].shape[1])[None]}
+    assert (t.compute_loss(t.model, together) - apart).abs() > 1e-4
 
 
 def test_softcapped_and_scaled_heads_are_seen(tmp_path: Path) -> None:
@@ -340,6 +355,9 @@ def test_errors(tmp_path: Path) -> None:
             student, teacher, args, rows(), processing_class=Tokens(),
             teacher_processing_class=Other(),
         )  # fmt: skip
+    smooth = DistillationConfig(str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor has no part"):
+        DistillationTrainer(student, teacher, smooth, rows())
     bad = DistillationConfig(str(tmp_path), use_cpu=True, divergence="kl")
     with pytest.raises(ValueError, match="divergence is 'kl'"):
         DistillationTrainer(student, teacher, bad, rows())

@@ -246,6 +246,68 @@ def capture(
 
 
 @command(app)
+def evaluate(
+    model: Annotated[str, typer.Option("--model", help="Hub id or folder of the model.")],
+    data: Annotated[str, typer.Option("--data", help="A file or folder, or a hub id.")],
+    metric: Annotated[str, typer.Option("--metric", help="rouge_l or exact_match.")] = "rouge_l",
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Rows, from the first on.", min=1)
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Length of an answer.", min=1)
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of sampling; 0 is greedy.", min=0)
+    ] = 1.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at once.", min=1)] = 8,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let a model answer the prompts of a data set and score the answers.
+
+    The data have prompt and completion, or question and answer; several accepted answers may
+    stand in a list. exact_match compares the final numbers, as for GSM8K.
+    """
+    import math
+
+    from abkd import evaluation
+    from abkd.train import load_causal_lm, load_examples, load_tokenizer
+    from shared_core.device import select_device
+    from shared_core.run import RunFolder
+
+    scores_of = {"rouge_l": evaluation.rouge_l, "exact_match": evaluation.exact_match}
+    if metric not in scores_of:
+        raise InputError(f"--metric is {metric!r}; accepted: {', '.join(scores_of)}")
+    scores_of[metric](["a"], ["a"])  # a missing library is told before the work
+    chosen = select_device(device)
+    rows = [row for row, _ in zip(load_examples(data, 512), range(limit or 10**9), strict=False)]
+    prompts, references = evaluation.prompts_and_references(rows)
+    network = load_causal_lm(model).to(chosen)
+    run = RunFolder(out or Path("runs/abkd/evaluate"))
+    settings = {"model": model, "data": data, "metric": metric, "rows": len(rows), "seed": seed}
+    settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    run.write_config("abkd evaluate", settings, distributions=["abkd", "transformers"])
+    answers = evaluation.generate(
+        network, load_tokenizer(model), prompts, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    scores = scores_of[metric](answers, references)
+    for prompt, answer, score in zip(prompts, answers, scores, strict=True):
+        run.log(prompt=prompt, answer=answer, score=score)
+    mean = sum(scores) / len(scores)
+    spread = sum((s - mean) ** 2 for s in scores) / max(len(scores) - 1, 1)
+    metrics = {
+        metric: mean,
+        "standard_error": math.sqrt(spread / len(scores)) if len(scores) > 1 else None,
+        "rows": len(scores),
+    }
+    run.write_metrics(metrics)
+    show_result(metrics, f"{format_table([metrics])}\n\n{run.path}: log.jsonl", as_json=as_json)
+
+
+@command(app)
 def presets(as_json: Json = False) -> None:
     """List the runs of the paper, with their settings and what is reported of them."""
     from abkd.presets import PRESETS

@@ -50,7 +50,7 @@ METHODS = {
 """The methods and their weights; ``risk`` adds the risk-guided hard label with α = 0.1."""
 
 DEFAULT = ("soft", "hard", "static", "confidence", "entropy", "risk")
-"""Those that run by default; the curriculum ends as its static weight does."""
+"""Those that run by default; the curriculum ends much as its static weight does."""
 
 QUICK = ("soft", "hard", "static", "confidence")
 

@@ -53,6 +53,7 @@ def plot_comparison(methods: Mapping[str, Any], teacher_entropy: float) -> Any:
     right.barh(names, fit, color=COLORS[0], label="training fit")
     right.barh(names, bias, left=fit, xerr=errors, color=COLORS[1], label="exposure bias")
     right.invert_yaxis()
+    right.set_xlim(0, 1.4 * max(f + b for f, b in zip(fit, bias, strict=True)))  # for the legend
     right.set_xlabel("inference error (forward KL per position, nats)")
     right.set_title("Inference error (hard labels: off the scale)")
     right.legend(fontsize="small", loc="lower right")
