@@ -23,7 +23,12 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "smollm3": {"pad_token_id": 0},
     "granite": {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.8},
     "olmo2": {},
-    "gemma2": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma2": {
+        "head_dim": 8,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 300.0,  # the usual 30 makes ties of these steep logits
+    },
     "gemma3_text": {
         "head_dim": 8,
         "sliding_window": 6,
@@ -89,8 +94,9 @@ def tiny_model(
     finally:
         torch.set_rng_state(torch_state)
     with torch.no_grad():
-        for parameter in model.model.layers.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4.0)  # so that layers matter
+        for depth, layer in enumerate(model.model.layers):
+            for parameter in layer.parameters():
+                if parameter.ndim >= 2:
+                    parameter.mul_(4.0 / (1 + depth))  # later layers correct earlier ones
         model.lm_head.weight.mul_(sharpness)
     return model.to(dtype).eval()
