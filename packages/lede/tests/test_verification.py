@@ -79,14 +79,23 @@ SAMPLED: dict[str, Any] = {
 def _random_q() -> lede.QPolicy:
     generator = np.random.default_rng(0)
     shapes = {"w1": (13, 8), "b1": 8, "w2": (8, 8), "b2": 8, "w3": (8, 8), "b3": 8}
-    return lede.QPolicy({k: generator.normal(size=s) for k, s in shapes.items()}, (1, 2), 3, 3)
+    weights = {k: generator.normal(size=s) for k, s in shapes.items()}
+    weights["b3"][[2, 3, 6, 7]] = 0.0, -0.3, 0.0, -0.3  # lean towards drafting
+    return lede.QPolicy(weights, (1, 2), 3, 3)
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [(name, {"temperature": 1.0}) for name in SAMPLED]
-    + [("q", {"temperature": 0.3}), ("q", {"temperature": 1.5}),
-       ("confidence", {"temperature": 1.5, "top_k": 4}), ("q", {"temperature": 1.5, "top_p": 0.8})],
+    [
+        ("static", {"temperature": 1.0}),
+        ("confidence", {"temperature": 1.5, "top_k": 4}),
+        ("confidence_exit", {"temperature": 1.0}),
+        ("draft_verify", {"temperature": 0.3}),
+        ("del", {"temperature": 1.0}),
+        ("autoregressive", {"temperature": 1.0}),
+        ("q", {"temperature": 1.0}),
+        ("q", {"temperature": 1.5, "top_p": 0.8}),
+    ],
 )
 def test_sampled_generation_has_the_models_joint_marginals(
     name: str, settings: dict[str, float]
@@ -96,7 +105,7 @@ def test_sampled_generation_has_the_models_joint_marginals(
 
     model = tiny_model(layers=3, vocab=8, hidden=16, sharpness=30.0)
     prompt = torch.tensor([[1, 2, 3]])
-    rows = 20_000
+    rows = 6_000
     settings = {"top_k": 0, **settings}
     torch.manual_seed(0)
     decoder = SelfSpeculativeDecoder(
@@ -105,8 +114,7 @@ def test_sampled_generation_has_the_models_joint_marginals(
     out = decoder.generate(
         prompt.expand(rows, 3), max_new_tokens=3, do_sample=True, pad_token_id=0, **settings
     )
-    if name not in ("autoregressive",):
-        assert out.stats.drafted > rows / 4
+    assert (out.stats.drafted > rows / 4) == (name != "autoregressive")
     found = torch.zeros(8, 8, 8)
     found.index_put_(
         tuple(out.sequences[:, 3:].T), torch.ones(rows), accumulate=True
@@ -119,7 +127,6 @@ def test_sampled_generation_has_the_models_joint_marginals(
         with torch.no_grad():
             return torch.softmax(processors(ids, model(ids).logits[:, -1].float()), -1)
 
-    expected = torch.zeros(8, 8, 8)
     first = chance(prompt)[0]
     pairs = torch.cat([prompt.expand(8, 3), torch.arange(8)[:, None]], 1)
     second = chance(pairs)
@@ -133,7 +140,7 @@ def test_sampled_generation_has_the_models_joint_marginals(
     chi = ((counts - means) ** 2 / means).sum().item()
     degrees = int(common.sum())
     assert chi < degrees + 4.5 * (2 * degrees) ** 0.5 + 5
-    assert (found / rows - expected).abs().sum() / 2 < 0.04
+    assert (found / rows - expected).abs().sum() / 2 < 0.06
 
 
 def test_features_of_extreme_logits() -> None:

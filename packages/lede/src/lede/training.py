@@ -382,7 +382,7 @@ def _train(
             checkpoints.append((value, policy))
             history.append(
                 {
-                    "step": step,
+                    "step": float(step),
                     "loss": float(np.mean(losses)),
                     "rho": rho,
                     "validation": value,

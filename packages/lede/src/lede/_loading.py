@@ -1,0 +1,69 @@
+"""Models and prompts for the command line, by path or hub id."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lede.presets import get_preset
+from shared_core.errors import InputError
+
+
+def load_model(
+    model: str | None, preset: str | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Any, tuple[int, ...] | None]:
+    """Model, tokenizer and the preset's exits.
+
+    Raises:
+        InputError: If nothing is named, or it cannot be loaded; for gated weights the message says
+            how to get access.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = get_preset(preset) if preset else None
+    name = model or (found.model if found else None)
+    if name is None:
+        raise InputError("say which model: --model FOLDER or HUB-ID, or --preset NAME")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:300]
+        if any(word in text for word in ("gated", "401", "403")):
+            raise InputError(
+                f"{name} is gated: ask for access at https://huggingface.co/{name}, then run "
+                "'hf auth login'"
+            ) from error
+        raise InputError(f"{name} cannot be loaded: {text}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return loaded.to(device).eval(), tokenizer, found.exit_layers if found else None
+
+
+def read_prompts(source: str, limit: int) -> list[str]:
+    """Prompts of a text file (one a line) or a jsonl file with ``prompt`` or ``text``.
+
+    Raises:
+        InputError: If the file is missing, empty or has lines of another form.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"--prompts {source} is not a file; give .txt (a prompt a line) or .jsonl")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        try:
+            records = [json.loads(line) for line in lines]
+            lines = [r.get("prompt") or r["text"] for r in records]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{source}: every line needs a 'prompt' or 'text' ({error})") from error
+    if not lines:
+        raise InputError(f"{source} holds no prompt")
+    return lines[:limit]
+
+
+def tokenize(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, padded at the left."""
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    return batch["input_ids"], batch["attention_mask"]
