@@ -56,7 +56,9 @@ def test_greedy_tokens_are_those_of_generate(family: str, dtype: torch.dtype) ->
     if (family, dtype) == ("gemma2", torch.float64):
         # Eager attention in float64 makes NaN of padding: there, each row is generated alone.
         rows = [model.generate(i[m > 0][None], **settings) for i, m in zip(ids, mask, strict=True)]
-        batch = torch.cat([torch.cat([i[None], r[:, -16:]], 1) for i, r in zip(ids, rows, strict=True)])
+        batch = torch.cat(
+            [torch.cat([i[None], r[:, -16:]], 1) for i, r in zip(ids, rows, strict=True)]
+        )
     else:
         batch = model.generate(ids, attention_mask=mask, **settings)
     decoder = SelfSpeculativeDecoder(model, EXITS, max_draft=5)
@@ -183,9 +185,7 @@ def test_custom_generate_leaves_the_model_as_it_was() -> None:
     found = model.generate(ids, max_new_tokens=9, do_sample=False, custom_generate=loop)
     assert model.training
     assert torch.equal(found, model.eval().generate(ids, max_new_tokens=9, do_sample=False))
-    out = model.generate(
-        ids, max_new_tokens=9, custom_generate=loop, return_dict_in_generate=True
-    )
+    out = model.generate(ids, max_new_tokens=9, custom_generate=loop, return_dict_in_generate=True)
     assert torch.equal(out.sequences, found)
     assert out["stats"].tokens == 9
     with torch.no_grad():

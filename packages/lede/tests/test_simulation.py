@@ -23,8 +23,14 @@ def fresh(family: str = "llama", end: int | None = None) -> Any:
     mask[1, :4] = 0
     decoder = SelfSpeculativeDecoder(model, EXITS, max_draft=5)
     table = lede.collect(
-        decoder, ids, attention_mask=mask, max_new_tokens=30, batch_size=3, branch_batch=16,
-        pad_token_id=0, eos_token_id=end,
+        decoder,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=30,
+        batch_size=3,
+        branch_batch=16,
+        pad_token_id=0,
+        eos_token_id=end,
     )
     return decoder, ids, mask, table
 
@@ -80,8 +86,11 @@ def test_replay_equals_decoding_with_an_end_of_text(world: Any) -> None:
         real = []
         for row in range(len(ids)):
             out = decoder.generate(
-                ids[row : row + 1, mask[row] > 0], policy=policy, max_new_tokens=30,
-                pad_token_id=0, eos_token_id=end,
+                ids[row : row + 1, mask[row] > 0],
+                policy=policy,
+                max_new_tokens=30,
+                pad_token_id=0,
+                eos_token_id=end,
             )
             real += [r._replace(row=row) for r in out.stats.log]
         assert sorted(real) == sorted(told), policy
@@ -97,8 +106,13 @@ def test_collected_features_are_those_of_real_branches(world: Any) -> None:
             self.at = int(positions[0])
 
         def keep_drafting(self, observation: lede.Observation) -> np.ndarray:
-            seen.append((self.at, int(observation.index[0]), *(
-                float(getattr(observation, n)[0]) for n in ("p1", "margin", "entropy"))))
+            seen.append(
+                (
+                    self.at,
+                    int(observation.index[0]),
+                    *(float(getattr(observation, n)[0]) for n in ("p1", "margin", "entropy")),
+                )
+            )
             return np.ones(1)
 
     decoder.generate(ids[:1], policy=Noting(2, 0.0), max_new_tokens=30, pad_token_id=0)
@@ -121,8 +135,7 @@ def test_static_grid_equals_one_replay_each(world: Any) -> None:
     table = world[3]
     grid = static_grid(table, COST)
     one_by_one = [
-        [lede.simulate(table, StaticPolicy(e, d), COST).speedup for d in range(1, 6)]
-        for e in EXITS
+        [lede.simulate(table, StaticPolicy(e, d), COST).speedup for d in range(1, 6)] for e in EXITS
     ]
     np.testing.assert_allclose(grid, one_by_one, rtol=1e-12)
     policy, speedup = lede.best_static(table, COST)
@@ -135,7 +148,9 @@ def test_best_confidence_equals_one_replay_each(world: Any) -> None:
     found, speedup = lede.best_confidence(table, COST, thresholds)
     every = [
         lede.simulate(table, lede.ConfidencePolicy(e, th, product=k), COST).speedup
-        for e in EXITS for th in thresholds for k in (False, True)
+        for e in EXITS
+        for th in thresholds
+        for k in (False, True)
     ]
     assert speedup == pytest.approx(max(every))
     assert lede.simulate(table, found, COST).speedup == pytest.approx(speedup)

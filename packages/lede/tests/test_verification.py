@@ -33,8 +33,9 @@ def test_sampled_tokens_follow_the_target() -> None:
     generator = torch.Generator().manual_seed(0)
     p = torch.softmax(torch.randn(3, v, generator=generator), -1)
     q = torch.softmax(torch.randn(2, v, generator=generator), -1)
-    drafts = torch.stack([torch.multinomial(q[i].expand(rows, v), 1, generator=generator)[:, 0]
-                          for i in range(2)], 1)
+    drafts = torch.stack(
+        [torch.multinomial(q[i].expand(rows, v), 1, generator=generator)[:, 0] for i in range(2)], 1
+    )
     accepted, final = verify_sampled(
         p.expand(rows, 3, v), q.expand(rows, 2, v), drafts, torch.full((rows,), 2), generator
     )
@@ -116,9 +117,7 @@ def test_sampled_generation_has_the_models_joint_marginals(
     )
     assert (out.stats.drafted > rows / 4) == (name != "autoregressive")
     found = torch.zeros(8, 8, 8)
-    found.index_put_(
-        tuple(out.sequences[:, 3:].T), torch.ones(rows), accumulate=True
-    )
+    found.index_put_(tuple(out.sequences[:, 3:].T), torch.ones(rows), accumulate=True)
     processors = LogitsProcessorList(
         model._get_logits_processor(GenerationConfig(do_sample=True, **settings), 3)
     )
@@ -130,9 +129,7 @@ def test_sampled_generation_has_the_models_joint_marginals(
     first = chance(prompt)[0]
     pairs = torch.cat([prompt.expand(8, 3), torch.arange(8)[:, None]], 1)
     second = chance(pairs)
-    triples = torch.cat(
-        [pairs.repeat_interleave(8, 0), torch.arange(8).repeat(8)[:, None]], 1
-    )
+    triples = torch.cat([pairs.repeat_interleave(8, 0), torch.arange(8).repeat(8)[:, None]], 1)
     expected = first[:, None, None] * second[..., None] * chance(triples).view(8, 8, 8)
     assert found[expected == 0].sum() == 0
     common = expected * rows >= 5

@@ -1,7 +1,5 @@
 """Models and prompts for the command line, by path or hub id."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,27 +38,6 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return loaded.to(device).eval(), tokenizer, found.exit_layers if found else None
-
-
-def read_prompts(source: str, limit: int) -> list[str]:
-    """Prompts of a text file (one a line) or a jsonl file with ``prompt`` or ``text``.
-
-    Raises:
-        InputError: If the file is missing, empty or has lines of another form.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(f"--prompts {source} is not a file; give .txt (a prompt a line) or .jsonl")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        try:
-            records = [json.loads(line) for line in lines]
-            lines = [r.get("prompt") or r["text"] for r in records]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{source}: every line needs a 'prompt' or 'text' ({error})") from error
-    if not lines:
-        raise InputError(f"{source} holds no prompt")
-    return lines[:limit]
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,9 @@ class Frame:
             return None
         keys = torch.arange(slots, device=self.device)
         queries = self.slots[:, :, None]
-        seen = (keys <= queries) if window is None else (keys <= queries) & (keys > queries - window)
+        seen = (
+            (keys <= queries) if window is None else (keys <= queries) & (keys > queries - window)
+        )
         if self.padded:
             padding = torch.from_numpy(self.padding).to(self.device)[:, None, None]
             # A padding token sees itself: attention over nothing would be NaN.

@@ -36,8 +36,6 @@ __all__ = [
     "train_model",
 ]
 
-KINDS = ("full", "draft_only", "exit_only", "threshold", "confidence_exit", "draft_verify", "del")
-
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -123,9 +121,7 @@ def train_model(
     config = config or EarlyExitConfig(p_max=0.1, e_scale=0.2, rotation=3)
     model = make_model(settings, seed)
     texts, generator = _texts("train", seed), np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     model.train()
     total = settings.train_steps
     for step in range(total):
@@ -157,7 +153,7 @@ class SeedResult:
         choice: Chosen on validation prompts.
         details: Acceptance, mean exit and mean draft length by kind.
         segments: For each kind of text: speedup of static, threshold and delivered, mean exit.
-        lossless: Whether real decoding gave the tokens of ``generate`` and the replayed rounds.
+        lossless: Whether real decoding of eight test prompts gave the tokens of ``generate``.
         agreement: Share of test positions where each exit agrees with the last layer.
     """
 
@@ -226,7 +222,7 @@ def run_seed(
         }
     speedups["oracle"] = OraclePolicy(test, cost).speedup
     segments = _by_segment(test, choice, cost)
-    lossless = _really_decode(model, s, seed, test, choice.policy, cost)
+    lossless = _really_decode(model, s, seed, test, choice.policy)
     agreement = [float(a) for a in test.right.mean((0, 2))]
     return SeedResult(
         speedups, choice, details, segments, lossless, agreement, results, test, model, cost
@@ -263,7 +259,6 @@ def _really_decode(
     seed: int,
     test: ExperienceTable,
     policy: Policy,
-    cost: CostModel,
     count: int = 8,
 ) -> bool:
     """Decode some test prompts for real: the tokens must be ``generate``'s, which the table holds."""

@@ -265,7 +265,9 @@ class ConfidenceExitPolicy(AutoregressivePolicy):
         given = self.thresholds
         values = [float(given)] * len(exits) if isinstance(given, int | float) else list(given)
         if len(values) != len(exits):
-            raise InputError(f"{len(values)} thresholds for {len(exits)} exit layers; give one each")
+            raise InputError(
+                f"{len(values)} thresholds for {len(exits)} exit layers; give one each"
+            )
         self._of = dict(zip(exits, values, strict=True))
 
     def probes(self, layer: int) -> bool:

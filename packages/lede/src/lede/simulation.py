@@ -1,6 +1,6 @@
 """Replaying a policy on experience, without the model: exact, round for round, for greedy decoding."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np

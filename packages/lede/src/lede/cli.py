@@ -1,0 +1,196 @@
+"""The command line: parses, calls, prints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared_core.cli import (
+    Device,
+    Json,
+    Out,
+    Plots,
+    Quick,
+    Seed,
+    command,
+    format_table,
+    new_app,
+    run_app,
+    say,
+    show_result,
+)
+from shared_core.errors import InputError
+
+__all__ = ["app", "main"]
+
+app = new_app(
+    "lede",
+    "Lossless self-speculative decoding with learned exits (LEDE). Begin with: lede demo",
+)
+
+Model = Annotated[str | None, typer.Option("--model", help="Folder or hub id.")]
+PresetName = Annotated[str | None, typer.Option("--preset", help="Such as llama2-7b.")]
+Exits = Annotated[str | None, typer.Option("--exit-layers", help="Candidates, by commas.")]
+MaxDraft = Annotated[int, typer.Option("--max-draft", help="Longest draft.", min=1)]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate.", min=1)]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+
+
+@command(app)
+def demo(
+    seeds: Annotated[int, typer.Option("--seeds", help="Number of seeds.", min=1)] = 2,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+    quick: Quick = False,
+    plots: Plots = True,
+) -> None:
+    """Train a small early-exit model and its policy on mixed text; compare counted cost.
+
+    Nothing is downloaded. --quick takes one seed, a smaller model and fewer prompts.
+    """
+    import time
+    from dataclasses import asdict
+
+    import torch
+
+    from lede import demo as the_demo
+    from lede.simulation import simulate
+    from shared_core.device import select_device
+    from shared_core.run import RunFolder, progress
+
+    if select_device(device).type != "cpu":
+        say("the demo's model is small: it runs on the CPU")
+    settings = the_demo.DemoSettings()
+    if quick:
+        settings = the_demo.DemoSettings(
+            layers=8, train_steps=120, prompts=(48, 24, 24), new_tokens=48, policy_steps=450
+        )
+    count = 1 if quick else seeds
+    run = RunFolder(out or Path("runs/lede/demo"))
+    run.write_config(
+        "lede demo",
+        {"seed": seed, "seeds": count, **asdict(settings)},
+        distributions=["lede", "transformers"],
+    )
+    began = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results = []
+    try:
+        total = count * settings.train_steps
+        with progress(total=total, description="training the model", unit="step") as bar:
+            for one in range(seed, seed + count):
+                results.append(the_demo.run_seed(one, settings, tick=bar.update))
+                run.log(step=one, speedups=results[-1].speedups)
+    finally:
+        torch.set_num_threads(threads)
+    summary = the_demo.summarize(results)
+    rows, message = the_demo.table(summary), the_demo.tell(results, summary)
+    if plots:
+        from lede import plots as drawing
+
+        first = results[0]
+        entries = {
+            title: summary[kind]["values"]
+            for kind, title in the_demo.TITLES.items()
+            if kind in summary
+        }
+        rounds = simulate(first.test, first.choice.policy, first.cost).log
+        run.save_figure("speedups", drawing.plot_speedups(entries))
+        run.save_figure("training", drawing.plot_training(first.training[0].history))
+        run.save_figure("exits", drawing.plot_exit_histogram(rounds, settings.layers))
+        run.save_figure("segments", drawing.plot_segments(first.segments))
+        run.save_figure(
+            "heatmap",
+            drawing.plot_exit_heatmap(list(first.test.tokens[:8]), rounds, chr, settings.layers),
+        )
+        run.save_figure(
+            "acceptance",
+            drawing.plot_speed_against_acceptance(
+                {
+                    the_demo.TITLES[k]: (d["acceptance"], first.speedups[k])
+                    for k, d in first.details.items()
+                }
+            ),
+        )
+    metrics = {
+        "policies": summary,
+        "segments": [r.segments for r in results],
+        "chosen": [r.choice.name for r in results],
+        "tried": [r.choice.tried for r in results],
+        "agreement_by_exit": [r.agreement for r in results],
+        "lossless": all(r.lossless for r in results),
+        "summary": {
+            "message": message,
+            "rows": rows,
+            "picture": "speedups.png" if plots else None,
+        },
+    }
+    run.write_metrics(metrics, timing={"seconds": time.perf_counter() - began})
+    text = f"{format_table(rows)}\n\n{message}\n\n{run.path}: metrics.json"
+    show_result(metrics, text, as_json=as_json)
+
+
+@command(app)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: Model = None,
+    preset: PresetName = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Folder or hub id of a trained policy.")
+    ] = None,
+    exit_layers: Exits = None,
+    num_draft: Annotated[int, typer.Option("--num-draft", help="Without --policy.", min=1)] = 6,
+    max_draft: MaxDraft = 12,
+    max_new_tokens: NewTokens = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: greedy.", min=0)] = 0.0,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a text, with a trained policy or a static pair (the middle of --exit-layers)."""
+    from lede import QPolicy, SelfSpeculativeDecoder, StaticPolicy
+    from lede._loading import load_model, tokenize
+    from shared_core.device import seed_everything, select_device, select_dtype
+
+    chosen = select_device(device)
+    seed_everything(seed)
+    loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
+    try:
+        exits = [int(e) for e in exit_layers.split(",")] if exit_layers else list(own or [])
+    except ValueError as error:
+        raise InputError(f"--exit-layers {exit_layers}; give numbers, by commas") from error
+    learned = QPolicy.from_pretrained(policy) if policy else None
+    if learned is not None:
+        exits, max_draft = list(learned.exits), learned.longest
+    if not exits:
+        raise InputError("say where to exit: --exit-layers 2,4, a --preset, or a --policy")
+    decides = learned or StaticPolicy(exits[len(exits) // 2], min(num_draft, max_draft))
+    decoder = SelfSpeculativeDecoder(loaded, exits, max_draft=max_draft, policy=decides)
+    ids, mask = tokenize(tokenizer, [prompt])
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    out = decoder.generate(
+        ids.to(chosen),
+        attention_mask=mask.to(chosen),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **{"do_sample": False, **sampling},
+    )
+    text = tokenizer.decode(out.sequences[0], skip_special_tokens=True)
+    say(
+        f"{out.stats.tokens} tokens in {out.stats.rounds} rounds, "
+        f"{out.stats.acceptance_rate:.0%} of drafts accepted"
+    )
+    show_result({"text": text, "stats": out.stats.to_dict()}, text, as_json=as_json)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    return run_app(app, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
