@@ -106,7 +106,7 @@ def test_returns_against_a_loop() -> None:
     network = QNetwork(13, 2)
     rho = 1.4
     draft, walk = trainer.returns(network, rho, trainer.tokens)
-    q_draft, q_walk = trainer.q_all(network)
+    q_draft, _ = trainer.q_all(network)
     e, unit, deep = trainer.e, COST.autoregressive, 12
     look = COST.head[0] + COST.look
     lead = table.leading()

@@ -312,7 +312,7 @@ def static_grid(table: ExperienceTable, cost: CostModel) -> np.ndarray:
 
 
 def _first_true_from(flags: np.ndarray) -> np.ndarray:
-    """Distance to the first true entry at or after each position of the last axis; large if none."""
+    """Distance to the first true entry from each position of the last axis on; large if none."""
     far = 10**9
     out = np.full(flags.shape, far, dtype=np.int64)
     out[..., -1] = np.where(flags[..., -1], 0, far)
