@@ -1,4 +1,4 @@
-"""LEDE: lossless self-speculative decoding; a small learned policy chooses exits and draft lengths."""
+"""LEDE: lossless self-speculative decoding with learned exits and draft lengths."""
 
 from lede.adapters import LayerRunner, register_adapter, supported_model_types
 from lede.cache import RaggedCache

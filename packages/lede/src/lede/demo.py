@@ -117,7 +117,7 @@ def train_model(
     config: EarlyExitConfig | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> Any:
-    """Train a model from scratch with the early-exit recipe (p_max = 0 and e_scale = 0: without)."""
+    """Train a model from scratch with the early-exit recipe (p_max = e_scale = 0: without)."""
     config = config or EarlyExitConfig(p_max=0.1, e_scale=0.2, rotation=3)
     model = make_model(settings, seed)
     texts, generator = _texts("train", seed), np.random.default_rng(seed)
@@ -261,7 +261,7 @@ def _really_decode(
     policy: Policy,
     count: int = 8,
 ) -> bool:
-    """Decode some test prompts for real: the tokens must be ``generate``'s, which the table holds."""
+    """Decode some test prompts for real: the tokens must be ``generate``'s, as in the table."""
     ids, _ = prompts(s, "test", s.prompts[2], seed)
     decoder = SelfSpeculativeDecoder(model, s.exits, max_draft=s.max_draft, policy=policy)
     for row in range(min(count, len(ids))):

@@ -28,7 +28,7 @@ def confidence_features(
         of equals). NaN logits give NaN features.
 
     Example:
-        >>> features, token = confidence_features(torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]]))
+        >>> features, token = confidence_features(torch.tensor([[0.0, 0.0] + 2 * [-torch.inf]]))
         >>> features
         tensor([[0.5000, 0.0000, 0.5000]])
     """

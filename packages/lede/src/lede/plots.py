@@ -149,8 +149,8 @@ def plot_exit_heatmap(
         for r in rounds:
             if r.row == row:
                 layers[r.position : r.position + r.accepted] = r.exit
-        for at in range(0, len(tokens), columns):
-            cells.append((layers[at : at + columns], tokens[at : at + columns]))
+        starts = range(0, len(tokens), columns)
+        cells += [(layers[at : at + columns], tokens[at : at + columns]) for at in starts]
     figure, axes = new_figure(figsize=(12, 0.42 * len(cells) + 1.0))
     grid = np.full((len(cells), columns), np.nan)
     for i, (layers, _) in enumerate(cells):

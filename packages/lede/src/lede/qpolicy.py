@@ -24,7 +24,21 @@ from shared_core.run import atomic_path, write_json
 
 __all__ = ["STATE_FEATURES", "QPolicy", "StateSpec"]
 
-STATE_FEATURES = ["phase", "layer", "index", "p1", "margin", "entropy", "agree", "ema", "prefix", "log_doubt", "last_accepted", "joint", "log_joint"]
+STATE_FEATURES = [
+    "phase",
+    "layer",
+    "index",
+    "p1",
+    "margin",
+    "entropy",
+    "agree",
+    "ema",
+    "prefix",
+    "log_doubt",
+    "last_accepted",
+    "joint",
+    "log_joint",
+]
 WALK, DRAFT = 0, 1
 
 

@@ -1,4 +1,4 @@
-"""Replaying a policy on experience, without the model: exact, round for round, for greedy decoding."""
+"""Replaying a policy on experience without the model: exact, round for round, when greedy."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
