@@ -347,7 +347,22 @@ class _ManyConfidence(ConfidencePolicy):
 def best_confidence(
     table: ExperienceTable,
     cost: CostModel,
-    thresholds: Iterable[float] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    thresholds: Iterable[float] = (
+        0.0,
+        0.003,
+        0.01,
+        0.02,
+        0.05,
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.9,
+    ),
 ) -> tuple[ConfidencePolicy, float]:
     """The threshold rule with the highest speedup on the table: exit × threshold × kind."""
     grid = [(e, th, k) for e in table.exits for th in thresholds for k in (False, True)]
