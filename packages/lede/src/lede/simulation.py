@@ -112,7 +112,8 @@ def simulate(
             break
         contexts[0][active, t[active]], contexts[1][active, t[active]] = ema[active], last[active]
         policy.start_round(t)
-        budget = np.minimum(length - t - 1, table.max_draft)
+        # A decoder does not know where a text will end: only its budget of tokens bounds a draft.
+        budget = np.minimum(shape[1] - t - 1, table.max_draft)
         drafting = active[budget[active] > 0]
         if policy.autoregressive:
             drafting = drafting[:0]
