@@ -81,7 +81,8 @@ def _random_q() -> lede.QPolicy:
     generator = np.random.default_rng(0)
     shapes = {"w1": (13, 8), "b1": 8, "w2": (8, 8), "b2": 8, "w3": (8, 8), "b3": 8}
     weights = {k: generator.normal(size=s) for k, s in shapes.items()}
-    weights["b3"][[2, 3, 6, 7]] = 0.0, -0.3, 0.0, -0.3  # lean towards drafting
+    weights["w3"] *= 0.2
+    weights["b3"][[3, 7]] = -0.5  # the advantage of stopping: lean towards drafting
     return lede.QPolicy(weights, (1, 2), 3, 3)
 
 
@@ -115,7 +116,8 @@ def test_sampled_generation_has_the_models_joint_marginals(
     out = decoder.generate(
         prompt.expand(rows, 3), max_new_tokens=3, do_sample=True, pad_token_id=0, **settings
     )
-    assert (out.stats.drafted > rows / 4) == (name != "autoregressive")
+    drafted = out.stats.drafted
+    assert drafted == 0 if name == "autoregressive" else drafted > rows / 4
     found = torch.zeros(8, 8, 8)
     found.index_put_(tuple(out.sequences[:, 3:].T), torch.ones(rows), accumulate=True)
     processors = LogitsProcessorList(
@@ -137,7 +139,9 @@ def test_sampled_generation_has_the_models_joint_marginals(
     chi = ((counts - means) ** 2 / means).sum().item()
     degrees = int(common.sum())
     assert chi < degrees + 4.5 * (2 * degrees) ** 0.5 + 5
-    assert (found / rows - expected).abs().sum() / 2 < 0.06
+    # A multinomial count is off its mean by sqrt(2 n p (1 - p) / pi) on average.
+    noise = (2 * expected * (1 - expected) / (torch.pi * rows)).sqrt().sum() / 2
+    assert (found / rows - expected).abs().sum() / 2 < 1.25 * noise
 
 
 def test_features_of_extreme_logits() -> None:

@@ -1,5 +1,6 @@
 """One generation: the rounds of self-speculative decoding over a shared cache (section 2.2)."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,8 @@ class Rounds:
             prefix = torch.from_numpy(self.tokens[group, : self.n[group][0]]).to(scores.device)
             if later is not None:
                 prefix = torch.cat([prefix, later[group]], 1)
-            out.append(self.processors(prefix, scores[group]))
+            own = _narrowed(self.processors, group, len(self.n))
+            out.append(own(prefix, scores[group]))
         return torch.cat(out)
 
     def _probe(self, hidden: Tensor, layer: int, drafts: Sequence[Tensor], look: bool) -> Probe:
@@ -264,7 +266,7 @@ class Rounds:
                 new, self.done[row] = new[: ends[0] + 1], True
             self.tokens[row, n : n + len(new)] = new
             for i in range(len(new)):
-                if self.criteria and self._stopped(row, n + i + 1):
+                if self.criteria and self._stopped(int(row), n + i + 1):
                     new, self.done[row] = new[: i + 1], True
                     break
             self.n[row] = n + len(new)
@@ -298,3 +300,21 @@ class Rounds:
             right = (predicted.cpu().numpy() == truth) & judged
             shares.append(right.sum(1) / judged.sum(1))
         return np.stack(shares, 1)
+
+
+def _narrowed(processors: Any, group: slice, rows: int) -> Any:
+    """The processors for some of the rows: some keep a tensor with an entry per row."""
+    if group == slice(0, rows):
+        return processors
+    out = type(processors)()
+    for processor in processors:
+        per_row = {
+            name: value[group]
+            for name, value in vars(processor).items()
+            if name == "prompt_ignore_length" and isinstance(value, Tensor)
+        }
+        if per_row:
+            processor = copy.copy(processor)
+            vars(processor).update(per_row)
+        out.append(processor)
+    return out

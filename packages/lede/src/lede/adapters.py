@@ -37,11 +37,12 @@ class LayerRunner:
     all_layers_slide: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.config: Any = model.config
-        self.base: Any = model.model
-        self.depth = int(self.config.num_hidden_layers)
-        self.layers = list(self.base.layers[: self.depth])
+        whole: Any = model
+        self.model = whole
+        self.config: Any = whole.config
+        self.base: Any = whole.model
+        self.depth = int(whole.config.num_hidden_layers)
+        self.layers = list(whole.model.layers[: self.depth])
         self.windows = self._windows()
         self.layer_types: list[str | None] = list(
             getattr(self.config, "layer_types", None) or [None] * self.depth
@@ -81,7 +82,7 @@ class LayerRunner:
     @property
     def vocab_size(self) -> int:
         """Number of logits."""
-        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        return int(self.model.get_output_embeddings().weight.shape[0])
 
     def frame(
         self, starts: np.ndarray, width: int, padding: np.ndarray, cache: RaggedCache
@@ -125,7 +126,7 @@ class LayerRunner:
 
         The logits are rounded to float32 whatever the model's dtype, as in ``generate``.
         """
-        out: Tensor = self.model.lm_head(self.base.norm(hidden))  # type: ignore[operator]
+        out: Tensor = self.model.lm_head(self.base.norm(hidden))
         return self.shape_logits(out).float()
 
     def shape_logits(self, logits: Tensor) -> Tensor:
@@ -141,10 +142,12 @@ class _AllSliding(LayerRunner):
 
 class _Granite(LayerRunner):
     def embed(self, ids: Tensor) -> Tensor:
-        return super().embed(ids) * self.base.embedding_multiplier
+        scaled: Tensor = super().embed(ids) * self.base.embedding_multiplier
+        return scaled
 
     def shape_logits(self, logits: Tensor) -> Tensor:
-        return logits / self.config.logits_scaling
+        scaled: Tensor = logits / self.config.logits_scaling
+        return scaled
 
 
 class _Gemma2(LayerRunner):

@@ -1,7 +1,7 @@
 """The command line: parses, calls, prints."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,7 +65,12 @@ def demo(
     settings = the_demo.DemoSettings()
     if quick:
         settings = the_demo.DemoSettings(
-            layers=8, train_steps=120, prompts=(48, 24, 24), new_tokens=48, policy_steps=450
+            layers=6,
+            exits=(1, 2, 3, 4),
+            train_steps=110,
+            prompts=(32, 16, 16),
+            new_tokens=40,
+            policy_steps=300,
         )
     count = 1 if quick else seeds
     run = RunFolder(out or Path("runs/lede/demo"))
@@ -121,6 +126,7 @@ def demo(
         "chosen": [r.choice.name for r in results],
         "tried": [r.choice.tried for r in results],
         "agreement_by_exit": [r.agreement for r in results],
+        "predicted_on_training_prompts": [r.training[0].rho for r in results],
         "lossless": all(r.lossless for r in results),
         "summary": {
             "message": message,
@@ -171,13 +177,15 @@ def generate(
     decides = learned or StaticPolicy(exits[len(exits) // 2], min(num_draft, max_draft))
     decoder = SelfSpeculativeDecoder(loaded, exits, max_draft=max_draft, policy=decides)
     ids, mask = tokenize(tokenizer, [prompt])
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    settings: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        settings = {"do_sample": True, "temperature": temperature}
     out = decoder.generate(
         ids.to(chosen),
         attention_mask=mask.to(chosen),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        **{"do_sample": False, **sampling},
+        **settings,
     )
     text = tokenizer.decode(out.sequences[0], skip_special_tokens=True)
     say(

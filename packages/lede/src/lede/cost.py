@@ -37,8 +37,8 @@ class CostModel:
 
     Example:
         >>> cost = CostModel.memory_bound(8, head_ratio=0.5)
-        >>> cost.autoregressive, cost.round(2, passes=3, heads=2)
-        (8.5, 13.58...)
+        >>> cost.autoregressive, round(float(cost.round(2, passes=3, heads=2)), 3)
+        (8.5, 13.565)
     """
 
     depth: int
@@ -104,8 +104,10 @@ class CostModel:
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-            return cls(**lists)
+            values: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in found.items()
+            }
+            return cls(**values)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{os.fspath(path)} is not a saved cost model ({error})") from error
 
@@ -125,7 +127,7 @@ def expected_speedup(alpha: float, exit_layer: int, drafts: int, cost: CostModel
 
     Example:
         >>> round(expected_speedup(0.97, 7, 8, CostModel.memory_bound(32, 0.3)), 2)
-        2.69
+        2.81
     """
     spent = float(cost.round(exit_layer, drafts + 1, drafts))
     return expected_tokens(alpha, drafts) * cost.autoregressive / spent
@@ -178,7 +180,7 @@ def calibrate(decoder: Any, *, context: int = 128, repeats: int = 30) -> CostMod
                 runner.run(hidden, 0, runner.depth, frame, cache)
 
             layers.append(median(run) / runner.depth)
-            heads.append(median(lambda hidden=hidden: runner.logits(hidden).argmax(-1)))  # type: ignore[misc]
+            heads.append(median(lambda hidden=hidden: runner.logits(hidden).argmax(-1)))
         scores = runner.logits(runner.embed(ids[:, :1]))[:, -1]
         features = median(lambda: confidence_features(scores)[0].cpu())
     return CostModel(runner.depth, tuple(layers), tuple(heads), features, 2e-5, unit="s")

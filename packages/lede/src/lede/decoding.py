@@ -237,8 +237,8 @@ def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> np.ndarray
 
 def _refuse_outputs(asked: Any) -> None:
     names = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
-    get = asked.get if isinstance(asked, dict) else lambda name: getattr(asked, name, None)
-    refused = [name for name in names if get(name)]
+    given = asked if isinstance(asked, dict) else vars(asked)
+    refused = [name for name in names if given.get(name)]
     if refused:
         raise NotImplementedError(
             f"{', '.join(refused)}: a round has no per-token value of these; leave them out"
@@ -293,7 +293,8 @@ def custom_generate(
     exits = exit_layers or own
     if not exits:
         raise InputError(f"{policy!r} names no exits; give exit_layers=(2, 4, …)")
-    longest = max_draft or getattr(policy, "longest", 12)
+    own_longest = int(getattr(policy, "longest", 12))
+    longest = max_draft if max_draft else own_longest
 
     def loop(model: Any, input_ids: Tensor, lede_streamer: Any = None, **given: Any) -> Any:
         decoder = SelfSpeculativeDecoder(model, exits, max_draft=longest, policy=policy)

@@ -20,7 +20,7 @@ from lede.early_exit import EarlyExitConfig, early_exit_loss
 from lede.experience import ExperienceTable, collect
 from lede.policies import Policy
 from lede.selection import Choice, choose_policy
-from lede.simulation import OraclePolicy, best_confidence, simulate
+from lede.simulation import OraclePolicy, simulate
 from lede.text import SEGMENTS, segment_text
 from lede.training import TrainConfig, TrainResult, train_policy
 
@@ -59,15 +59,15 @@ class DemoSettings:
 
     layers: int = 12
     hidden: int = 64
-    train_steps: int = 260
+    train_steps: int = 200
     batch: int = 12
     window: int = 96
     exits: tuple[int, ...] = (1, 2, 3, 5, 8)
     max_draft: int = 12
-    prompts: tuple[int, int, int] = (96, 48, 48)
+    prompts: tuple[int, int, int] = (72, 36, 36)
     prompt_tokens: int = 64
     new_tokens: int = 64
-    policy_steps: int = 900
+    policy_steps: int = 750
     head_ratio: float = 0.3
     targets: tuple[str, ...] = ("expected",)
 
@@ -245,7 +245,7 @@ def _by_segment(
             "own_best_exit": part.exits[j],
             "own_best_draft": int(d) + 1,
             "static": simulate(part, choice.best["static"], cost).speedup,
-            "threshold": best_confidence(part, cost)[1],
+            "threshold": simulate(part, choice.best["threshold"], cost).speedup,
             "delivered": delivered.speedup,
             "mean_exit": delivered.mean_exit_layer,
             "mean_draft": delivered.mean_draft_len,

@@ -154,9 +154,9 @@ def collect(
         InputError: If the mode is unknown, there is no prompt, or sampling is asked for.
     """
     if mode not in ("branch", "teacher"):
-        raise InputError(f"mode={mode!r}; accepted: branch, teacher (rollouts: `lede.rollout`)")
+        raise InputError(f"mode={mode!r}; accepted: branch, teacher")
     if kwargs.get("do_sample"):
-        raise InputError("the table is of greedy decoding; for sampling use `lede.rollout`")
+        raise InputError("the table is of greedy decoding; leave out do_sample")
     if len(input_ids) == 0:
         raise InputError("no prompts; collect from at least one")
     parts = []
@@ -220,11 +220,11 @@ def _tabulate(
             known += len(where)
             for first in range(0, len(where), branch_batch):
                 row, t = where[first : first + branch_batch].T
-                best, seen_np = _continue(
+                drafted, looks = _continue(
                     decoder, cache, row, width + t, top[row, j, t], padding[row], stop, steps
                 )
-                branch_top.append(best)
-                branch_features.append(seen_np)
+                branch_top.append(drafted)
+                branch_features.append(looks)
     return ExperienceTable(
         exits,
         runner.depth,

@@ -344,7 +344,7 @@ class DELPolicy(AutoregressivePolicy):
         >>> policy = DELPolicy()
         >>> policy.reset(1, (2, 4), 8, 12)
         >>> policy.choices()
-        (array([2]), array([6]))
+        (array([2]), array([3]))
     """
 
     autoregressive = False

@@ -174,7 +174,8 @@ class QPolicy(AutoregressivePolicy):
         out = (x @ w["w3"] + w["b3"]).reshape(len(x), len(self.exits), 2, 2)
         candidate = [self._index[int(layer)] for layer in seen.layer]
         value, advantage = out[np.arange(len(x)), candidate, phase].T
-        return np.stack([value - advantage / 2, value + advantage / 2], 1)
+        both: np.ndarray = np.stack([value - advantage / 2, value + advantage / 2], 1)
+        return both
 
     def reset(self, rows: int, exits: Sequence[int], depth: int, max_draft: int) -> None:
         """Begin `rows` sequences.
@@ -203,7 +204,8 @@ class QPolicy(AutoregressivePolicy):
         if int(layer[0]) == self.active[-1]:
             return np.ones(len(layer))
         q = self.q_values(WALK, observation)
-        return q[:, 1] - q[:, 0]
+        gain: np.ndarray = q[:, 1] - q[:, 0]
+        return gain
 
     def max_drafts(self, rows: np.ndarray, layer: np.ndarray) -> np.ndarray:
         """`num_draft` in ``exit_only``, else the longest."""
@@ -212,7 +214,8 @@ class QPolicy(AutoregressivePolicy):
     def keep_drafting(self, observation: Observation) -> np.ndarray:
         """Q(draft on) - Q(stop)."""
         q = self.q_values(DRAFT, observation)
-        return q[:, 0] - q[:, 1]
+        gain: np.ndarray = q[:, 0] - q[:, 1]
+        return gain
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``policy.safetensors`` and ``policy.json``."""

@@ -62,13 +62,13 @@ def choose_policy(
         ("confidence_exit", ConfidenceExitPolicy(th, draft))
         for th, draft in itertools.product((0.5, 0.7, 0.9), (0.2, 0.4, 0.6))
     ]
-    for policy in learned:
-        candidates += [("full", policy.variant("full", active=a)) for a in _subsets(train.exits)]
+    for network in learned:
+        candidates += [("full", network.variant("full", active=a)) for a in _subsets(train.exits)]
         candidates += [
-            ("draft_only", policy.variant("draft_only", exit_layer=e)) for e in train.exits
+            ("draft_only", network.variant("draft_only", exit_layer=e)) for e in train.exits
         ]
         candidates += [
-            ("exit_only", policy.variant("exit_only", num_draft=d))
+            ("exit_only", network.variant("exit_only", num_draft=d))
             for d in sorted({2, 4, static.num_draft, train.max_draft})
             if d <= train.max_draft
         ]

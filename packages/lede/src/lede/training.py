@@ -215,7 +215,9 @@ class _Trainer:
                 candidate = torch.arange(self.m).repeat_interleave(repeat).repeat(len(states))
                 parts = [
                     network(s, c, phase)
-                    for s, c in zip(flat.split(65536), candidate.split(65536), strict=True)
+                    for s, c in zip(
+                        torch.split(flat, 65536), torch.split(candidate, 65536), strict=True
+                    )
                 ]
                 out.append(torch.cat(parts).view(*states.shape[:-1], 2))
         return out[0], out[1]
@@ -304,7 +306,7 @@ def _expected_tokens(trainer: _Trainer, generator: torch.Generator, steps: int) 
             logit, trainer.alive[n, j, i + 1]
         )
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     q_draft, _ = trainer.q_all(network)
     alive = torch.cat([torch.ones_like(q_draft[..., :1, 0]), q_draft[..., 0].sigmoid()], -1)
