@@ -118,7 +118,7 @@ def test_short_prompts_and_budgets(new: int, width: int) -> None:
 
 @pytest.mark.parametrize("name", ["static", "q", "del"])
 def test_end_of_text(name: str) -> None:
-    """Every second token in turn is the end: accepted, rejected, drafted and final ones among them."""
+    """Every second token in turn is the end: accepted, rejected, drafted, final ones."""
     model = tiny_model()
     ids, mask = prompts()
     free = model.generate(ids, attention_mask=mask, max_new_tokens=18, do_sample=False)

@@ -82,7 +82,7 @@ def _random_q() -> lede.QPolicy:
     shapes = {"w1": (13, 8), "b1": 8, "w2": (8, 8), "b2": 8, "w3": (8, 8), "b3": 8}
     weights = {k: generator.normal(size=s) for k, s in shapes.items()}
     weights["w3"] *= 0.2
-    weights["b3"][[3, 7]] = -0.5  # the advantage of stopping: lean towards drafting
+    weights["b3"][[3, 7]] = -10.0  # the advantage of stopping: lean towards drafting
     return lede.QPolicy(weights, (1, 2), 3, 3)
 
 

@@ -33,6 +33,7 @@ PresetName = Annotated[str | None, typer.Option("--preset", help="Such as llama2
 Exits = Annotated[str | None, typer.Option("--exit-layers", help="Candidates, by commas.")]
 MaxDraft = Annotated[int, typer.Option("--max-draft", help="Longest draft.", min=1)]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate.", min=1)]
+ExperienceFolder = Annotated[Path, typer.Argument(help="Folder that lede collect wrote.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 
@@ -165,10 +166,7 @@ def generate(
     chosen = select_device(device)
     seed_everything(seed)
     loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
-    try:
-        exits = [int(e) for e in exit_layers.split(",")] if exit_layers else list(own or [])
-    except ValueError as error:
-        raise InputError(f"--exit-layers {exit_layers}; give numbers, by commas") from error
+    exits = _exits(exit_layers, own)
     learned = QPolicy.from_pretrained(policy) if policy else None
     if learned is not None:
         exits, max_draft = list(learned.exits), learned.longest
@@ -193,6 +191,165 @@ def generate(
         f"{out.stats.acceptance_rate:.0%} of drafts accepted"
     )
     show_result({"text": text, "stats": out.stats.to_dict()}, text, as_json=as_json)
+
+
+def _exits(given: str | None, own: tuple[int, ...] | None) -> list[int]:
+    try:
+        return [int(e) for e in given.split(",")] if given else list(own or [])
+    except ValueError as error:
+        raise InputError(f"--exit-layers {given}; give numbers, by commas") from error
+
+
+@command(app)
+def collect(
+    prompts: Annotated[Path, typer.Argument(help="Text file, a prompt a line.")],
+    model: Model = None,
+    preset: PresetName = None,
+    exit_layers: Exits = None,
+    max_draft: MaxDraft = 12,
+    max_new_tokens: NewTokens = 128,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the cost here; else memory-bound.")
+    ] = False,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Generate greedily from prompts and tabulate what every exit would have drafted."""
+    import lede
+    from lede._loading import load_model, tokenize
+    from shared_core.device import seed_everything, select_device, select_dtype
+    from shared_core.run import RunFolder
+
+    chosen = select_device(device)
+    seed_everything(seed)
+    try:
+        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{prompts} is not a readable text file ({error})") from error
+    if not lines:
+        raise InputError(f"{prompts} holds no prompt; write one a line")
+    loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
+    exits = _exits(exit_layers, own)
+    if not exits:
+        raise InputError("say where to exit: --exit-layers 2,4 or a --preset")
+    decoder = lede.SelfSpeculativeDecoder(loaded, exits, max_draft=max_draft)
+    ids, mask = tokenize(tokenizer, lines)
+    run = RunFolder(out or Path("runs/lede/collect"))
+    settings = {"model": model, "preset": preset, "exits": exits, "max_draft": max_draft}
+    run.write_config(
+        "lede collect",
+        {**settings, "max_new_tokens": max_new_tokens, "seed": seed},
+        distributions=["lede", "transformers"],
+    )
+    table = lede.collect(
+        decoder,
+        ids.to(chosen),
+        attention_mask=mask.to(chosen),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    table.save(run.path / "experience.safetensors")
+    cost = lede.calibrate(decoder) if calibrate else lede.CostModel.memory_bound(table.depth)
+    cost.save(run.path / "cost.json")
+    static, speedup = lede.best_static(table, cost)
+    metrics = {
+        "texts": len(table),
+        "tokens": int(table.lengths.sum()),
+        "right_by_exit": dict(zip(map(str, exits), table.right.mean((0, 2)).tolist(), strict=True)),
+        "best_static": {"policy": repr(static), "speedup": speedup},
+    }
+    run.write_metrics(metrics)
+    text = f"{metrics['tokens']} tokens of {len(table)} texts; best static pair here: {static}, "
+    show_result(metrics, f"{text}{speedup:.2f} times\n{run.path}", as_json=as_json)
+
+
+def _experience(folder: Path) -> tuple[Any, Any]:
+    from lede import CostModel, ExperienceTable
+
+    table = ExperienceTable.load(folder / "experience.safetensors")
+    return table, CostModel.load(folder / "cost.json")
+
+
+@command(app, "train-policy")
+def train_policy(
+    experience: ExperienceFolder,
+    validation: Annotated[
+        Path | None, typer.Option("--validation", help="Experience of other prompts.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Updates.", min=1)] = 2400,
+    target: Annotated[
+        str, typer.Option("--target", help="expected, returns or bootstrap.")
+    ] = "expected",
+    algo: Annotated[str, typer.Option("--algo", help="ddqn or cql.")] = "ddqn",
+    out: Out = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a policy on collected experience; the best checkpoint is saved in the folder."""
+    import lede
+    from shared_core.run import RunFolder
+
+    config = lede.TrainConfig(algo=algo, target=target, steps=steps, seed=seed)
+    table, cost = _experience(experience)
+    held_out = _experience(validation)[0] if validation else None
+    run = RunFolder(out or Path("runs/lede/policy"))
+    run.write_config(
+        "lede train-policy",
+        {"steps": steps, "target": target, "algo": algo, "seed": seed},
+        distributions=["lede"],
+    )
+    result = lede.train_policy(table, cost, config, validation=held_out)
+    result.policy.save_pretrained(run.path)
+    metrics = {
+        "speedup_on_training_texts": result.rho,
+        "best_static_on_training_texts": lede.best_static(table, cost)[1],
+        "validation": max(value for value, _ in result.checkpoints),
+        "history": result.history,
+    }
+    run.write_metrics(metrics)
+    text = f"counted speedup on the training texts {result.rho:.2f}, best static pair "
+    text += f"{metrics['best_static_on_training_texts']:.2f}\n{run.path}"
+    show_result(metrics, text, as_json=as_json)
+
+
+@command(app)
+def simulate(
+    experience: ExperienceFolder,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Folder or hub id of a trained policy.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay policies on collected experience: counted speedup without running the model.
+
+    The static pair and the threshold are the best on this very experience, the oracle knows it.
+    """
+    import lede
+
+    table, cost = _experience(experience)
+    entries: dict[str, Any] = {
+        "best static pair": lede.best_static(table, cost)[0],
+        "best threshold": lede.best_confidence(table, cost)[0],
+        "DEL": lede.DELPolicy(),
+        "oracle": lede.OraclePolicy(table, cost),
+    }
+    if policy:
+        entries["LEDE"] = lede.QPolicy.from_pretrained(policy)
+    rows = []
+    for title, one in entries.items():
+        found = lede.simulate(table, one, cost, keep_log=True)
+        rows.append(
+            {
+                "policy": title,
+                "speedup": round(found.speedup, 4),
+                "accepted": round(found.acceptance_rate, 3),
+                "mean exit": round(found.mean_exit_layer, 2),
+            }
+        )
+    show_result({"policies": rows}, format_table(rows), as_json=as_json)
 
 
 def main(argv: list[str] | None = None) -> int:
