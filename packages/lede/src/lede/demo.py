@@ -204,7 +204,11 @@ def run_seed(
         train_policy(
             train,
             cost,
-            TrainConfig(target=target, steps=s.policy_steps, seed=seed),
+            TrainConfig(
+                target=target,
+                steps=s.policy_steps,
+                seed=seed,
+            ),
             validation=validation,
         )
         for target in s.targets

@@ -97,7 +97,10 @@ def plot_speed_against_acceptance(entries: Mapping[str, tuple[float, float]]) ->
 
     figure, axes = new_figure(figsize=(6.4, 4.0))
     for i, (name, (acceptance, speedup)) in enumerate(entries.items()):
-        axes.plot(acceptance, speedup, "o", color=COLORS[i % len(COLORS)], label=name)
+        if name.startswith("delivered"):  # a ring around the point of the policy that it is
+            axes.plot(acceptance, speedup, "o", mfc="none", mec="black", ms=13, label=name)
+        else:
+            axes.plot(acceptance, speedup, "o", color=COLORS[i % len(COLORS)], label=name)
     axes.set_xlabel("accepted drafts")
     axes.set_ylabel("speedup (counted cost)")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -144,6 +147,7 @@ def plot_exit_heatmap(
     """
     from shared_core.plots import new_figure
 
+    columns = min(columns, max(len(tokens) for tokens in texts))
     cells = []
     for row, tokens in enumerate(texts):
         layers = np.full(len(tokens), float(depth))
