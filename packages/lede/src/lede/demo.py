@@ -246,8 +246,8 @@ def _by_segment(
         j, d = np.unravel_index(int(grid.argmax()), grid.shape)
         delivered = simulate(part, choice.policy, cost)
         out[kind] = {
-            "own_best_exit": part.exits[j],
-            "own_best_draft": int(d) + 1,
+            "own_best_exit": float(part.exits[j]),
+            "own_best_draft": float(d + 1),
             "static": simulate(part, choice.best["static"], cost).speedup,
             "threshold": simulate(part, choice.best["threshold"], cost).speedup,
             "delivered": delivered.speedup,
