@@ -128,7 +128,7 @@ def plot_segments(segments: Mapping[str, Mapping[str, float]]) -> Any:
 
 
 def plot_exit_heatmap(
-    texts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int] | np.ndarray],
     rounds: Sequence[Round],
     decode: Callable[[int], str],
     depth: int,
