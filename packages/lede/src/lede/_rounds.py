@@ -1,0 +1,320 @@
+"""One generation: the rounds of self-speculative decoding over a shared cache (section 2.2)."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lede.adapters import LayerRunner
+from lede.cache import RaggedCache
+from lede.features import confidence_features
+from lede.policies import EMA_START, Observation, Policy, updated_ema
+from lede.stats import DecodeStats, Round
+from lede.verification import verify_greedy, verify_sampled
+
+
+@dataclass
+class Probe:
+    """The distribution of an exit: processed logits [B, V], features [B, 3], top tokens [B]."""
+
+    scores: Tensor
+    features: np.ndarray
+    top: Tensor
+    top_host: np.ndarray
+
+
+class Rounds:
+    """The state of one call of ``generate`` and the round that advances it.
+
+    Row b's committed tokens are ``tokens[b, :n[b]]``, its last one not yet fed. At the start of a
+    round every layer's cache holds the first n - 1 positions.
+    """
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        policy: Policy,
+        exits: Sequence[int],
+        max_draft: int,
+        prompt: Tensor,
+        padding: np.ndarray,
+        max_length: int,
+        *,
+        eos: Sequence[int] = (),
+        sample: bool = False,
+        processors: Callable[[Tensor, Tensor], Tensor] | None = None,
+        criteria: Sequence[Callable[..., Any]] = (),
+        generator: torch.Generator | None = None,
+        min_active: float = 0.5,
+        static_cache: bool = False,
+    ) -> None:
+        rows, width = prompt.shape
+        self.runner, self.policy, self.exits = runner, policy, tuple(exits)
+        self.max_draft, self.max_length, self.min_active = max_draft, max_length, min_active
+        self.eos, self.sample, self.processors = np.array(eos, dtype=np.int64), sample, processors
+        self.criteria, self.generator = criteria, generator
+        self.prompt, self.padding = width, padding
+        self.tokens = np.zeros((rows, max(max_length, width)), dtype=np.int64)
+        self.tokens[:, :width] = prompt.cpu().numpy()
+        self.n = np.full(rows, width)
+        self.done = self.n >= max_length
+        self.ema = np.full(rows, EMA_START)
+        self.last_accepted = np.zeros(rows)
+        self.stats = DecodeStats(runner.depth)
+        capacity = max_length + max_draft + 1
+        self.cache = RaggedCache(runner.depth, capacity, static=static_cache)
+        self._shadow: dict[int, list[Tensor]] = {}
+        policy.reset(rows, self.exits, runner.depth, max_draft)
+        if width > 1:
+            head = prompt[:, :-1].to(runner.device)
+            frame = runner.frame(np.zeros(rows, dtype=np.int64), width - 1, padding, self.cache)
+            runner.run(runner.embed(head), 0, runner.depth, frame, self.cache)
+
+    def _pass(self, hidden: Tensor, first: int, last: int, starts: np.ndarray) -> Tensor:
+        """Run layers first..last, noting the hidden states at candidates if a policy asks."""
+        frame = self.runner.frame(starts, hidden.shape[1], self.padding, self.cache)
+        if not self.policy.wants_shadow:
+            return self.runner.run(hidden, first, last, frame, self.cache)
+        for stop in [*(c for c in self.exits if first < c < last), last]:
+            hidden = self.runner.run(hidden, first, stop, frame, self.cache)
+            if stop in self.exits:
+                self._shadow.setdefault(stop, []).append(hidden)
+            first = stop
+        return hidden
+
+    def _processed(self, scores: Tensor, drafts: Sequence[Tensor]) -> Tensor:
+        """Apply the logits processors with each row's own prefix, drafts included."""
+        if self.processors is None:
+            return scores
+        later = torch.stack(list(drafts), 1) if drafts else None
+        lengths = set(self.n[~self.done].tolist())
+        if len(lengths) == 1 and not self.done.any():
+            groups = [slice(0, len(self.n))]
+        else:
+            groups = [slice(r, r + 1) for r in range(len(self.n))]
+        out = []
+        for group in groups:
+            prefix = torch.from_numpy(self.tokens[group, : self.n[group][0]]).to(scores.device)
+            if later is not None:
+                prefix = torch.cat([prefix, later[group]], 1)
+            own = _narrowed(self.processors, group, len(self.n))
+            out.append(own(prefix, scores[group]))
+        return torch.cat(out)
+
+    def _probe(self, hidden: Tensor, layer: int, drafts: Sequence[Tensor], look: bool) -> Probe:
+        """Head and features of an exit; one small copy to the host."""
+        scores = self._processed(self.runner.logits(hidden)[:, -1], drafts)
+        if not (look or (len(self.eos) and not self.sample)):
+            return Probe(scores, np.empty(0), scores.argmax(-1), np.empty(0))
+        features, top = confidence_features(scores)
+        host = torch.cat([features.double(), top[:, None].double()], 1).cpu().numpy()
+        if np.isnan(host[~self.done]).any():
+            raise RuntimeError(f"NaN logits at the exit after layer {layer}")
+        return Probe(scores, host[:, :3], top, host[:, 3].astype(np.int64))
+
+    def _observe(
+        self, probe: Probe | None, layer: int, index: int, agree: np.ndarray, prefix: np.ndarray
+    ) -> Observation:
+        rows = len(self.n)
+        features = np.full((rows, 3), np.nan) if probe is None else probe.features
+        return Observation(
+            rows=np.arange(rows),
+            layer=np.full(rows, layer),
+            index=np.full(rows, index),
+            p1=features[:, 0],
+            margin=features[:, 1],
+            entropy=features[:, 2],
+            agree=agree,
+            ema=self.ema,
+            prefix=prefix,
+            last_accepted=self.last_accepted,
+        )
+
+    def _walk(
+        self, hidden: Tensor, start: np.ndarray
+    ) -> tuple[Tensor, int, Probe | None, np.ndarray]:
+        """Climb the candidates until the policy exits; phase one of the decision process."""
+        layer, probe, before = 0, None, None
+        agree = np.zeros(len(self.n))
+        active = np.flatnonzero(~self.done)
+        for candidate in self.exits:
+            hidden = self._pass(hidden, layer, candidate, start)
+            layer, probe = candidate, None
+            if self.policy.probes(candidate):
+                probe = self._probe(hidden, candidate, [], True)
+                if before is not None:
+                    agree = (probe.top_host == before).astype(float)
+                before = probe.top_host
+            if candidate == self.exits[-1]:
+                break
+            seen = self._observe(probe, candidate, 1, agree, np.ones(len(self.n)))
+            if self.policy.choose_exit(seen[active]).sum() > 0:
+                break
+        return hidden, layer, probe, agree
+
+    def step(self) -> None:
+        """One round of every unfinished row: walk, draft, verify, commit."""
+        rows = len(self.n)
+        start = self.n - 1
+        budget = np.clip(self.max_length - self.n - 1, 0, self.max_draft)
+        budget[self.done] = 0
+        last = torch.from_numpy(self.tokens[np.arange(rows), start]).to(self.runner.device)
+        hidden = self.runner.embed(last[:, None])
+        self._shadow.clear()
+        self.policy.start_round(self.n - self.prompt)
+        depth = self.runner.depth
+        drafts: list[Tensor] = []
+        q: list[Tensor] = []
+        passes = np.ones(rows, dtype=np.int64)
+        if self.policy.autoregressive or not budget.any():
+            layer, hidden = depth, self._pass(hidden, 0, depth, start)
+        else:
+            hidden, layer, probe, agree = self._walk(hidden, start)
+            hidden = self._draft(hidden, layer, probe, agree, budget, drafts, q, passes)
+            hidden = self._pass(hidden, layer, depth, start)
+        scores = self.runner.logits(hidden)
+        if self.processors is not None:
+            parts = [self._processed(scores[:, i], drafts[:i]) for i in range(scores.shape[1])]
+            scores = torch.stack(parts, 1)
+        counts = torch.from_numpy(passes - 1).to(scores.device)
+        proposed = torch.stack(drafts, 1) if drafts else counts.new_zeros((rows, 0))
+        if self.sample:
+            p = torch.softmax(scores, -1)
+            if bool(torch.isnan(p[torch.from_numpy(~self.done).to(p.device)]).any()):
+                raise RuntimeError(f"NaN logits after the last layer ({depth})")
+            q_all = torch.stack(q, 1) if q else p[:, :0]
+            accepted, final = verify_sampled(p, q_all, proposed, counts, self.generator)
+        else:
+            top, predictions = scores.max(-1)
+            accepted, final = verify_greedy(predictions, proposed, counts)
+            if bool(torch.isnan(top[torch.from_numpy(~self.done).to(top.device)]).any()):
+                raise RuntimeError(f"NaN logits after the last layer ({depth})")
+        taken = torch.cat([accepted[:, None], final[:, None], proposed], 1).cpu().numpy()
+        self._commit(taken[:, 0], taken[:, 1], taken[:, 2:], passes, layer)
+
+    def _draft(
+        self,
+        hidden: Tensor,
+        layer: int,
+        probe: Probe | None,
+        agree: np.ndarray,
+        budget: np.ndarray,
+        drafts: list[Tensor],
+        q: list[Tensor],
+        passes: np.ndarray,
+    ) -> Tensor:
+        """Draft at the exit until the policy stops; phase two. Returns hidden states [B, k, C]."""
+        rows = len(self.n)
+        states = [hidden]
+        limit = self.policy.max_drafts(np.arange(rows), np.full(rows, layer))
+        limit = np.minimum(limit, budget)
+        wants = ~self.done
+        prefix = np.ones(rows)
+        look = self.policy.uses_features
+        while True:
+            index = len(states)
+            wants = wants & (limit >= index)
+            if not wants.any():
+                break
+            if probe is None:
+                probe = self._probe(hidden, layer, drafts, look)
+            if look:
+                seen = self._observe(probe, layer, index, agree, prefix)
+                asked = np.flatnonzero(wants)
+                wants[asked[self.policy.keep_drafting(seen[asked]) <= 0]] = False
+            if len(self.eos) and not self.sample:
+                # A right end of text is committed by the verification itself, so it is not drafted.
+                # When sampling, stopping because of the token drawn would bias the output.
+                wants &= ~np.isin(probe.top_host, self.eos)
+            if wants.sum() < max(1, self.min_active * (~self.done).sum()):
+                break
+            if self.sample:
+                q.append(torch.softmax(probe.scores, -1))
+                token = torch.multinomial(q[-1], 1, generator=self.generator)[:, 0]
+            else:
+                token = probe.top
+            if look:
+                prefix = prefix * probe.features[:, 0]
+            drafts.append(token)
+            passes[wants] += 1
+            hidden = self.runner.embed(token[:, None].to(self.runner.device))
+            hidden = self._pass(hidden, 0, layer, self.n - 1 + index)
+            states.append(hidden)
+            probe = None
+        return torch.cat(states, 1)
+
+    def _commit(
+        self,
+        accepted: np.ndarray,
+        final: np.ndarray,
+        drafts: np.ndarray,
+        passes: np.ndarray,
+        layer: int,
+    ) -> None:
+        """Append accepted drafts and the target's token; end rows at EOS, limits and criteria."""
+        active = np.flatnonzero(~self.done)
+        shadow = self._shadow_shares(accepted, final, drafts) if self._shadow else None
+        for row in active:
+            n, kept = int(self.n[row]), int(accepted[row])
+            new = np.append(drafts[row, :kept], final[row])
+            ends = np.flatnonzero(np.isin(new, self.eos))
+            if len(ends):
+                new, self.done[row] = new[: ends[0] + 1], True
+            self.tokens[row, n : n + len(new)] = new
+            for i in range(len(new)):
+                if self.criteria and self._stopped(int(row), n + i + 1):
+                    new, self.done[row] = new[: i + 1], True
+                    break
+            self.n[row] = n + len(new)
+            self.tokens[row, self.n[row] :] = 0
+            self.done[row] |= self.n[row] >= self.max_length
+            kept = min(kept, len(new))
+            position = n - self.prompt
+            self.stats.log.append(Round(int(row), position, layer, int(passes[row]), kept))
+            self.stats.tokens += len(new)
+        drafted = passes - 1
+        self.ema[active] = updated_ema(self.ema, accepted, drafted)[active]
+        self.last_accepted[active] = accepted[active] / self.max_draft
+        told = None if shadow is None else shadow[active]
+        self.policy.end_round(active, accepted[active], drafted[active], told)
+
+    def _stopped(self, row: int, length: int) -> bool:
+        ids = torch.from_numpy(self.tokens[row : row + 1, :length]).to(self.runner.device)
+        return any(bool(torch.as_tensor(c(ids, None)).all()) for c in self.criteria)
+
+    def _shadow_shares(
+        self, accepted: np.ndarray, final: np.ndarray, drafts: np.ndarray
+    ) -> np.ndarray:
+        """Each candidate's share of right predictions at the tokens just verified, [B, m]."""
+        width = drafts.shape[1] + 1
+        truth = np.concatenate([drafts, np.zeros_like(final)[:, None]], 1)
+        truth[np.arange(len(final)), accepted] = final
+        judged = np.arange(width) <= accepted[:, None]
+        shares = []
+        for candidate in self.exits:
+            predicted = self.runner.logits(torch.cat(self._shadow[candidate], 1)).argmax(-1)
+            right = (predicted.cpu().numpy() == truth) & judged
+            shares.append(right.sum(1) / judged.sum(1))
+        return np.stack(shares, 1)
+
+
+def _narrowed(processors: Any, group: slice, rows: int) -> Any:
+    """The processors for some of the rows: some keep a tensor with an entry per row."""
+    if group == slice(0, rows):
+        return processors
+    out = type(processors)()
+    for processor in processors:
+        per_row = {
+            name: value[group]
+            for name, value in vars(processor).items()
+            if name == "prompt_ignore_length" and isinstance(value, Tensor)
+        }
+        if per_row:
+            processor = copy.copy(processor)
+            vars(processor).update(per_row)
+        out.append(processor)
+    return out

@@ -1,0 +1,314 @@
+"""The learned policy: a small Q-network over the state of a round (section 2.3).
+
+Two actions in each of two phases. Walking: go deeper (0) or exit here (1). Drafting: draft on (0)
+or stop and verify (1). One network serves both; it has an output pair for every phase and
+candidate, as Q = V ± A / 2.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lede.errors import PolicyMismatchError
+from lede.policies import AutoregressivePolicy, Observation
+from shared_core.errors import InputError
+from shared_core.run import atomic_path, write_json
+
+__all__ = ["STATE_FEATURES", "QPolicy", "StateSpec"]
+
+STATE_FEATURES = [
+    "phase",
+    "layer",
+    "index",
+    "p1",
+    "margin",
+    "entropy",
+    "agree",
+    "ema",
+    "prefix",
+    "log_doubt",
+    "last_accepted",
+    "joint",
+    "log_joint",
+]
+WALK, DRAFT = 0, 1
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Which features a policy sees, in order; saved with it and checked at loading.
+
+    Args:
+        names: Of `STATE_FEATURES`. The first ten are the description's; ``last_accepted``,
+            ``joint`` (Π p₁ with the present one) and its logarithm are ours.
+
+    Raises:
+        InputError: If a name is unknown.
+
+    Example:
+        >>> len(StateSpec().names)
+        13
+    """
+
+    names: tuple[str, ...] = tuple(STATE_FEATURES)
+
+    def __post_init__(self) -> None:
+        unknown = [n for n in self.names if n not in STATE_FEATURES]
+        if unknown:
+            raise InputError(f"unknown features {unknown}; accepted: {', '.join(STATE_FEATURES)}")
+
+    def states(self, phase: int, seen: Observation, depth: int, max_draft: int) -> np.ndarray:
+        """State vectors, float32 [R, F], of observations in one phase."""
+        joint = seen.prefix * seen.p1
+        values = {
+            "phase": np.full(len(seen.p1), float(phase)),
+            "layer": seen.layer / depth,
+            "index": seen.index / max_draft,
+            "p1": seen.p1,
+            "margin": seen.margin,
+            "entropy": seen.entropy,
+            "agree": seen.agree,
+            "ema": seen.ema,
+            "prefix": seen.prefix,
+            "log_doubt": np.log(np.maximum(1 - seen.p1, 1e-4)) / 9.2,
+            "last_accepted": seen.last_accepted,
+            "joint": joint,
+            "log_joint": np.log(np.maximum(joint, 1e-4)) / 9.2,
+        }
+        return np.stack([values[name] for name in self.names], -1).astype(np.float32)
+
+
+class QPolicy(AutoregressivePolicy):
+    """Acts greedily on a Q-network.
+
+    Args:
+        weights: ``w1 b1 w2 b2 w3 b3`` of the network F → H → H → m · 2 · 2 (candidate, phase,
+            action), float32.
+        exits: Candidates it was trained for.
+        depth: Layers of the model.
+        max_draft: Longest draft.
+        spec: Its state.
+        mode: ``full``: walks and stops by Q; ``exit_only``: walks by Q, then drafts a fixed
+            number; ``draft_only``: a fixed exit, stops by Q.
+        exit_layer: For ``draft_only``.
+        num_draft: For ``exit_only``.
+        active: For ``full`` and ``exit_only``: candidates to look at (default: all). The last one
+            ends the walk.
+
+    Raises:
+        InputError: If the mode or its arguments do not fit.
+        PolicyMismatchError: If the weights have other shapes.
+    """
+
+    autoregressive = False
+
+    def __init__(
+        self,
+        weights: Mapping[str, np.ndarray],
+        exits: Sequence[int],
+        depth: int,
+        max_draft: int,
+        spec: StateSpec | None = None,
+        *,
+        mode: str = "full",
+        exit_layer: int | None = None,
+        num_draft: int | None = None,
+        active: Sequence[int] | None = None,
+    ) -> None:
+        self.weights = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in weights.items()}
+        self.exits, self.depth, self.longest = tuple(exits), depth, max_draft
+        self.spec = spec or StateSpec()
+        expected = (len(self.spec.names), len(self.exits) * 4)
+        try:
+            shape = self.weights["w1"].shape[0], self.weights["w3"].shape[1]
+        except (KeyError, IndexError) as error:
+            raise PolicyMismatchError(f"the weights lack {error}") from error
+        if shape != expected:
+            raise PolicyMismatchError(
+                f"the network takes {shape[0]} features and gives {shape[1]} values; "
+                f"{expected[0]} features and {len(self.exits)} exits need {expected}"
+            )
+        if mode not in ("full", "exit_only", "draft_only"):
+            raise InputError(f"mode={mode!r}; accepted: full, exit_only, draft_only")
+        if mode == "draft_only" and exit_layer not in self.exits:
+            raise InputError(f"draft_only needs exit_layer, one of {self.exits}, not {exit_layer}")
+        if mode == "exit_only" and not num_draft:
+            raise InputError("exit_only needs num_draft")
+        self.mode, self.exit_layer, self.num_draft = mode, exit_layer, num_draft
+        if self.exit_layer is None:
+            del self.exit_layer  # `custom_generate` takes it for a fixed exit
+        self.active = tuple(active or self.exits)
+        if set(self.active) - set(self.exits):
+            raise InputError(f"active={self.active} are not all among the exits {self.exits}")
+        self.uses_features = mode != "exit_only"
+        self._index = {layer: j for j, layer in enumerate(self.exits)}
+
+    def __repr__(self) -> str:
+        more = {
+            "full": f", active={self.active}",
+            "exit_only": f", num_draft={self.num_draft}, active={self.active}",
+            "draft_only": f", exit_layer={getattr(self, 'exit_layer', None)}",
+        }[self.mode]
+        return f"QPolicy(mode={self.mode!r}{more})"
+
+    def variant(self, mode: str, **changes: Any) -> "QPolicy":
+        """The same network in another mode."""
+        return QPolicy(
+            self.weights, self.exits, self.depth, self.longest, self.spec, mode=mode, **changes
+        )
+
+    def q_values(self, phase: int, seen: Observation) -> np.ndarray:
+        """Q of both actions, [R, 2]."""
+        x = self.spec.states(phase, seen, self.depth, self.longest)
+        w = self.weights
+        x = np.maximum(x @ w["w1"] + w["b1"], 0)
+        x = np.maximum(x @ w["w2"] + w["b2"], 0)
+        out = (x @ w["w3"] + w["b3"]).reshape(len(x), len(self.exits), 2, 2)
+        candidate = [self._index[int(layer)] for layer in seen.layer]
+        value, advantage = out[np.arange(len(x)), candidate, phase].T
+        both: np.ndarray = np.stack([value - advantage / 2, value + advantage / 2], 1)
+        return both
+
+    def reset(self, rows: int, exits: Sequence[int], depth: int, max_draft: int) -> None:
+        """Begin `rows` sequences.
+
+        Raises:
+            PolicyMismatchError: If the decoder's exits, depth or longest draft are others.
+        """
+        given, own = (tuple(exits), depth, max_draft), (self.exits, self.depth, self.longest)
+        if given != own:
+            raise PolicyMismatchError(
+                "the policy was trained for exits {}, {} layers and drafts up to {}; the decoder "
+                "has {}, {}, {}".format(*own, *given)
+            )
+
+    def probes(self, layer: int) -> bool:
+        """Candidates that the walk looks at."""
+        return self.mode != "draft_only" and layer in self.active
+
+    def choose_exit(self, observation: Observation) -> np.ndarray:
+        """Q(exit) - Q(deeper); always exit at the last candidate looked at."""
+        layer = observation.layer
+        if self.mode == "draft_only":
+            return np.where(layer == self.exit_layer, 1.0, -1.0)
+        if not self.probes(int(layer[0])):
+            return np.full(len(layer), -1.0)
+        if int(layer[0]) == self.active[-1]:
+            return np.ones(len(layer))
+        q = self.q_values(WALK, observation)
+        gain: np.ndarray = q[:, 1] - q[:, 0]
+        return gain
+
+    def max_drafts(self, rows: np.ndarray, layer: np.ndarray) -> np.ndarray:
+        """`num_draft` in ``exit_only``, else the longest."""
+        return np.full(len(rows), self.num_draft if self.mode == "exit_only" else self.longest)
+
+    def keep_drafting(self, observation: Observation) -> np.ndarray:
+        """Q(draft on) - Q(stop)."""
+        q = self.q_values(DRAFT, observation)
+        gain: np.ndarray = q[:, 0] - q[:, 1]
+        return gain
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``policy.safetensors`` and ``policy.json``."""
+        target = Path(folder)
+        with atomic_path(target / "policy.safetensors") as temporary:
+            save_file(self.weights, temporary)
+        write_json(
+            target / "policy.json",
+            {
+                "exits": self.exits,
+                "depth": self.depth,
+                "max_draft": self.longest,
+                "features": self.spec.names,
+                "mode": self.mode,
+                "exit_layer": getattr(self, "exit_layer", None),
+                "num_draft": self.num_draft,
+                "active": self.active,
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> "QPolicy":
+        """Load from a folder, or from a hub id if there is no such folder.
+
+        Raises:
+            InputError: If the files are missing or damaged.
+            PolicyMismatchError: If settings and weights do not fit each other.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = _download(os.fspath(source))
+        try:
+            settings = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
+            weights = load_file(folder / "policy.safetensors")
+            spec = StateSpec(tuple(settings["features"]))
+            return cls(
+                weights,
+                settings["exits"],
+                settings["depth"],
+                settings["max_draft"],
+                spec,
+                mode=settings["mode"],
+                exit_layer=settings["exit_layer"],
+                num_draft=settings["num_draft"],
+                active=settings["active"],
+            )
+        except (OSError, KeyError, TypeError, SafetensorError, json.JSONDecodeError) as error:
+            raise InputError(f"{folder} does not hold a whole policy ({error})") from error
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["policy.*"]))
+    except Exception as error:
+        raise InputError(f"{name} is neither a folder nor a reachable hub id ({error})") from error
+
+
+class QNetwork(torch.nn.Module):
+    """The network in training: F → 64 → 64 → (candidates, phases, V and A).
+
+    Args:
+        features: F.
+        candidates: m.
+        hidden: Width.
+    """
+
+    def __init__(self, features: int, candidates: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.candidates = candidates
+        self.trunk = torch.nn.Sequential(
+            torch.nn.Linear(features, hidden),
+            torch.nn.ReLU(),
+            torch.nn.Linear(hidden, hidden),
+            torch.nn.ReLU(),
+            torch.nn.Linear(hidden, candidates * 4),
+        )
+
+    def forward(
+        self, states: torch.Tensor, candidate: torch.Tensor, phase: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Q of both actions [N, 2] for states [N, F] at their candidates and phases."""
+        out = self.trunk(states).view(len(states), self.candidates * 2, 2)
+        pair = out[torch.arange(len(states)), candidate * 2 + phase]
+        value, advantage = pair.unbind(-1)
+        return torch.stack([value - advantage / 2, value + advantage / 2], -1)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Numpy weights for `QPolicy`."""
+        out = {}
+        for name, layer in zip("123", (self.trunk[0], self.trunk[2], self.trunk[4]), strict=True):
+            linear: Any = layer
+            out[f"w{name}"] = linear.weight.detach().numpy().T.copy()
+            out[f"b{name}"] = linear.bias.detach().numpy().copy()
+        return out
