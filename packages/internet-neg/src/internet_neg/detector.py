@@ -389,9 +389,7 @@ class InterNegDetector:
         if encoder is None:
             raise InterNegError("inverting images needs an encoder; score with update=False")
         if self._templates is None:
-            self._templates = InversionTemplates(
-                encoder, config.templates or imagenet_templates()
-            )
+            self._templates = InversionTemplates(encoder, config.templates or imagenet_templates())
         mine = slice(before, before + len(v))
         tokens = torch.randn(total, encoder.text_width, generator=generator)
         which = torch.randint(

@@ -463,6 +463,6 @@ class HFClipEncoder(_Encoder):
 
 
 def _pooled(output: Any) -> Tensor:
-    """transformers 5 wraps the features in an output."""
+    """Transformers 5 wraps the features in an output."""
     found: Tensor = getattr(output, "pooler_output", output)
     return found

@@ -89,9 +89,7 @@ class InversionTemplates:
     ) -> Float[Tensor, "b D"]:
         """Text features of length one of the templates `which`, with `tokens` in their place."""
         at = self.at[which][:, :, None]
-        filled = torch.where(
-            at, tokens[:, None].to(self.embeddings.dtype), self.embeddings[which]
-        )
+        filled = torch.where(at, tokens[:, None].to(self.embeddings.dtype), self.embeddings[which])
         return normalize(encoder.encode_text_from_embeddings(filled, self.ids[which]))
 
 

@@ -24,7 +24,7 @@ FILE = "mini_clip.safetensors"
 CONTEXT = 16
 WORDS = (
     *(*SHAPES, *COLORS, *FILLS, *BACKGROUNDS),
-    *"a photo of the nice picture good this is on background".split(),
+    *["a", "photo", "of", "the", "nice", "picture", "good", "this", "is", "on", "background"],
 )
 
 

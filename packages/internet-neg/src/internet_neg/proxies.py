@@ -205,9 +205,7 @@ class ProxyBuilder:
             def transform(image: PIL.Image.Image) -> Tensor:
                 return self.encoder.preprocess(_random_crop(image, rng))
 
-        return embed_images(
-            self.encoder, images, batch_size=self.batch_size, transform=transform
-        )
+        return embed_images(self.encoder, images, batch_size=self.batch_size, transform=transform)
 
     def _choose(self, labels: list[int]) -> list[int]:
         """Which samples to use: a seeded draw of at most `shots` a class, in order."""
@@ -236,8 +234,10 @@ class ProxyBuilder:
             numbers = {name: index for index, name in enumerate(self.classnames)}
             return [image for image, _ in pairs], [numbers[name] for _, name in pairs]
         images, labels = [], []
-        items = source if not hasattr(source, "__getitem__") else (
-            source[i] for i in range(len(source))
+        items = (
+            source
+            if not hasattr(source, "__getitem__")
+            else (source[i] for i in range(len(source)))
         )
         for image, label in items:
             if isinstance(label, Tensor) and label.ndim == 1:  # a batch of a loader

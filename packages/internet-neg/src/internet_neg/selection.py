@@ -136,7 +136,7 @@ def select_negatives(
         )
     for_adjectives = M * n_adj // (n_adj + n_noun)
     quotas = (for_adjectives, M - for_adjectives)
-    if M > n_adj + n_noun:
+    if n_adj + n_noun < M:
         warnings.warn(
             f"only {n_adj + n_noun} admissible words for M={M} negative texts; taking all",
             stacklevel=2,
