@@ -1,4 +1,4 @@
-"""InterNeg: zero-shot out-of-distribution detection for CLIP-like models with inter-modal negative texts.
+"""InterNeg: zero-shot out-of-distribution detection for CLIP-like models.
 
 `InterNegDetector` is the method; `internet_neg.baselines` has MCM and NegLabel behind the same
 interface, `internet_neg.evaluate` the protocol, `internet_neg.presets` the paper's settings.

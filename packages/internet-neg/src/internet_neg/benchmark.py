@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -189,7 +189,7 @@ def run_benchmark(
     source = {"features": embed(settings.shots[0]), "labels": torch.tensor(settings.shots[1])}
     names = settings.classnames
     text_only = dataclasses.replace(settings.config, text_only=True)
-    makers = {
+    makers: dict[str, Callable[[], InterNegDetector]] = {
         "mcm": lambda: MCMDetector(encoder, names, InterNegConfig(), vocabulary, cache),
         "neglabel": lambda: NegLabelDetector(encoder, names, settings.neglabel, vocabulary, cache),
         "text-only": lambda: InterNegDetector(encoder, names, text_only, vocabulary, cache),

@@ -26,8 +26,8 @@ __all__ = ["app", "main"]
 
 app = new_app(
     "internet-neg",
-    "InterNeg (Xu et al., CVPR 2026): zero-shot out-of-distribution detection with CLIP-like models "
-    "and inter-modal negative texts. Begin with: internet-neg demo",
+    "InterNeg (Xu et al., CVPR 2026): zero-shot out-of-distribution detection with CLIP-like "
+    "models and inter-modal negative texts. Begin with: internet-neg demo",
 )
 
 Model = Annotated[

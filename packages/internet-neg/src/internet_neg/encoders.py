@@ -8,7 +8,8 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +23,7 @@ __all__ = ["DualEncoder", "HFClipEncoder", "OpenClipEncoder"]
 PLACEHOLDERS = ("$", "*", "q", "x")
 
 
+@runtime_checkable
 class DualEncoder(Protocol):
     """What the method asks of a model. Features need not be normalized.
 
@@ -92,6 +94,7 @@ class _Encoder:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.model.parameters()).device
 
     @property
@@ -101,19 +104,22 @@ class _Encoder:
 
     @property
     def scale(self) -> float:
-        return float(self.model.logit_scale.detach().float().exp())  # type: ignore[operator, union-attr]
+        """s, the exponential of the model's ``logit_scale``."""
+        return float(self.model.logit_scale.detach().float().exp())  # type: ignore[operator]
 
     @property
     def text_width(self) -> int:
-        return int(self._embedding.weight.shape[1])  # type: ignore[union-attr, index]
+        """Width of a token embedding."""
+        return int(self._embedding.weight.shape[1])  # type: ignore[index]
 
     def to(self, device: torch.device) -> "_Encoder":
         """Move the model; returns the encoder."""
         self.model.to(device)
         return self
 
-    @property
+    @cached_property
     def placeholder(self) -> tuple[str, int]:
+        """A word that is one token, and that token."""
         candidates = (self._placeholder,) if self._placeholder else PLACEHOLDERS
         probe = self.tokenize(["photo"])[0]
         for word in candidates:
@@ -127,9 +133,11 @@ class _Encoder:
         )
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "n L"]:
+        """Token ids, padded to the context length."""
         raise NotImplementedError
 
     def useful_length(self, ids: Tensor) -> int:
+        """How many columns have to be run to get the features."""
         raise NotImplementedError
 
     def _text_features(self, ids: Tensor) -> Tensor:
@@ -140,6 +148,7 @@ class _Encoder:
 
     @torch.no_grad()
     def encode_image(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """Features of preprocessed images; not normalized."""
         return self._image_features(pixels.to(self.device, self.dtype))
 
     @torch.no_grad()
@@ -165,20 +174,23 @@ class _Encoder:
             features[part.to(self.device)] = found.to(features.dtype)
         return features
 
-    @property
+    @cached_property
     def dim(self) -> int:
+        """Width of image and text features."""
         with torch.no_grad():
             return int(self._text_features(self.tokenize(["a"]).to(self.device)).shape[-1])
 
     _truncates = False
 
     def token_embedding(self, ids: Int[Tensor, "n L"]) -> Float[Tensor, "n L W"]:
+        """Embeddings of token ids."""
         found: Tensor = self._embedding(ids.to(self.device))
         return found
 
     def encode_text_from_embeddings(
         self, embeddings: Float[Tensor, "n L W"], ids: Int[Tensor, "n L"]
     ) -> Float[Tensor, "n D"]:
+        """Text features of token embeddings, pooled where the ids say; not normalized."""
         with self._given_embeddings(embeddings):
             return self._text_features(ids.to(self.device))
 
@@ -192,6 +204,7 @@ class _Encoder:
             handle.remove()
 
     def fingerprint(self) -> str:
+        """A name for the weights: other weights, another name."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             flat = value.detach().reshape(-1)
@@ -239,7 +252,7 @@ class OpenClipEncoder(_Encoder):
         tower = self._tower
         pool = getattr(tower, "pool_type", None) or getattr(tower, "text_pool_type", None)
         self._pool = pool if hasattr(tower, "ln_final") else None
-        self._eos_id = getattr(tower, "eos_id", getattr(tower, "text_eos_id", None))
+        self._eos_id: int = getattr(tower, "eos_id", getattr(tower, "text_eos_id", -1))
         self._truncates = (
             self._pool in ("argmax", "eos")
             and getattr(tower, "attn_mask", None) is not None
@@ -282,12 +295,13 @@ class OpenClipEncoder(_Encoder):
         return encoder
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "n L"]:
+        """Token ids, padded to the context length."""
         return self._tokenizer(list(texts))
 
     def _ends(self, ids: Tensor) -> Tensor:
         """Where the tower reads each text."""
         if self._pool == "eos":
-            return (ids == self._eos_id).int().argmax(dim=-1)
+            return torch.eq(ids, self._eos_id).int().argmax(dim=-1)
         return ids.argmax(dim=-1)
 
     def _check_end(self) -> None:
@@ -297,10 +311,10 @@ class OpenClipEncoder(_Encoder):
         ids = self.tokenize(["a", "photo of the night", "this is a very large red photo"])
         rows = torch.arange(len(ids))
         tokens = ids[rows, self._ends(ids)]
-        if self._pool == "eos" and not (tokens == self._eos_id).all():
+        if self._pool == "eos" and not torch.eq(tokens, self._eos_id).all():
             raise InterNegError(
-                f"the text tower reads at token {self._eos_id}, which the tokenizer does not write; "
-                "give the tokenizer that the model was trained with"
+                f"the text tower reads at token {self._eos_id}, which the tokenizer does not "
+                "write; give the tokenizer that the model was trained with"
             )
         if len(tokens.unique()) > 1:  # type: ignore[no-untyped-call]
             raise InterNegError(
@@ -309,6 +323,7 @@ class OpenClipEncoder(_Encoder):
             )
 
     def useful_length(self, ids: Int[Tensor, "n L"]) -> int:
+        """How many columns have to be run to get the features."""
         return int(self._ends(ids).max()) + 1 if self._truncates else ids.shape[1]
 
     def _image_features(self, pixels: Tensor) -> Tensor:
@@ -324,6 +339,7 @@ class OpenClipEncoder(_Encoder):
     def encode_text_from_embeddings(
         self, embeddings: Float[Tensor, "n L W"], ids: Int[Tensor, "n L"]
     ) -> Float[Tensor, "n D"]:
+        """Text features of token embeddings, pooled where the ids say; not normalized."""
         if self._truncates:
             return self._causal(embeddings, ids.to(self.device))
         return super().encode_text_from_embeddings(embeddings, ids)
@@ -389,7 +405,7 @@ class HFClipEncoder(_Encoder):
         self._context = int(text.embeddings.position_embedding.weight.shape[0])
         # SigLIP attends both ways and reads the last position, padding or not.
         self._truncates = "siglip" not in type(model).__name__.lower()
-        self._eos_id = getattr(text, "eos_token_id", None)
+        self._eos_id: int = getattr(text, "eos_token_id", 2)
         if self._truncates:
             self._check_end()
 
@@ -428,6 +444,7 @@ class HFClipEncoder(_Encoder):
         return encoder
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "n L"]:
+        """Token ids, padded to the context length."""
         ids: Tensor = self._tokenizer(
             list(texts),
             padding="max_length",
@@ -438,14 +455,14 @@ class HFClipEncoder(_Encoder):
         return ids
 
     def _ends(self, ids: Tensor) -> Tensor:
-        if self._eos_id is None or self._eos_id == 2:  # CLIP configurations with the old wrong id
+        if self._eos_id == 2:  # CLIP configurations with the old wrong id
             return ids.argmax(dim=-1)
-        return (ids == self._eos_id).int().argmax(dim=-1)
+        return torch.eq(ids, self._eos_id).int().argmax(dim=-1)
 
     def _check_end(self) -> None:
         ids = self.tokenize(["a", "photo of the night"])
         ends = ids[torch.arange(2), self._ends(ids)]
-        wrong = self._eos_id not in (None, 2) and bool((ends != self._eos_id).any())
+        wrong = self._eos_id != 2 and bool((ends != self._eos_id).any())
         if wrong or ends[0] != ends[1]:
             raise InterNegError(
                 "the text tower reads where the tokenizer does not end a text; give the tokenizer "
@@ -453,6 +470,7 @@ class HFClipEncoder(_Encoder):
             )
 
     def useful_length(self, ids: Int[Tensor, "n L"]) -> int:
+        """How many columns have to be run to get the features."""
         return int(self._ends(ids).max()) + 1 if self._truncates else ids.shape[1]
 
     def _image_features(self, pixels: Tensor) -> Tensor:

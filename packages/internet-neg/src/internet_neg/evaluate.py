@@ -52,7 +52,7 @@ def run_stream(
     Args:
         detector: A fitted detector.
         features: Image embeddings.
-        batch_size: Images at a time; results depend on it where the detector learns from the stream.
+        batch_size: Images at a time; results depend on it where the detector learns.
         seed: Of the order; None keeps the given one.
         update: Whether the detector learns from the stream.
 
@@ -81,7 +81,7 @@ def run_stream(
         growth.append(
             {"seen": seen, "gated": gated, "accepted": accepted, "bank": len(detector.bank)}
         )
-    joined = [
+    joined: list[Any] = [
         None if columns[0] is None else torch.cat(columns) for columns in zip(*outputs, strict=True)
     ]
     return StreamResult(OODOutput(*joined), order, growth)
@@ -149,7 +149,7 @@ def compare(
     if not unknown or not seeds:
         raise InterNegError("give at least one set of unknown images and one seed")
     table: dict[str, dict[str, dict[str, Any]]] = {}
-    streams = {}
+    streams: dict[tuple[str, str], StreamResult] = {}
     for name, detector in detectors.items():
         table[name] = {}
         for ood, features in unknown.items():

@@ -3,7 +3,7 @@
 For each image one token embedding w is optimized, with everything else frozen, so that templates
 filled with w ("a photo of a w.") come near the image. The result is a *text* embedding for an image
 that has no name, found by the inter-modal similarity that CLIP was trained for. This is the
-optimization-based textual inversion of Baldrati et al. (ICCV 2023) and Mistretta et al. (ICLR 2025).
+optimization-based textual inversion of Baldrati et al. (ICCV 2023), with 10 steps.
 """
 
 from collections.abc import Sequence

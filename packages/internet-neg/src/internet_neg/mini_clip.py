@@ -96,7 +96,7 @@ def build_mini_clip(words: tuple[str, ...] = WORDS, *, seed: int = 0) -> OpenCli
 
 def train_mini_clip(
     *, steps: int = 400, images: int = 20_000, seed: int = 0, device: torch.device | None = None
-) -> tuple[OpenClipEncoder, list[dict[str, float]]]:
+) -> tuple[OpenClipEncoder, list[dict[str, Any]]]:
     """Train a mini-CLIP on captioned shapes, as CLIP was on the web: all attributes are named.
 
     Args:

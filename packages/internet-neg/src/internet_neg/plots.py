@@ -34,7 +34,7 @@ def plot_roc(streams: Streams, n_id: int) -> Any:
     for panel, ood in zip(axes[0], sets, strict=True):
         for color, name in zip(_colors(len(names)), names, strict=True):
             known, unknown = _sides(streams[name, ood], n_id)
-            thresholds = torch.cat([known, unknown]).unique().flip(0)
+            thresholds = torch.unique(torch.cat([known, unknown])).flip(0)
             accepted = [
                 1 - torch.searchsorted(side.sort().values, thresholds).double() / len(side)
                 for side in (unknown, known)

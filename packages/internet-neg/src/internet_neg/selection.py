@@ -75,7 +75,7 @@ def admissible(E: Texts, T: Classes, P: Classes, chunk: int = 8192) -> Bool[Tens
         raise InterNegError(f"chunk={chunk}; it has to be at least 1")
     names, proxies = widen(T), widen(P)
     own = (names * proxies).sum(dim=-1)
-    result = [_closest(part, names, proxies, own) < 0 for part in E.split(chunk)]
+    result = [_closest(part, names, proxies, own) < 0 for part in torch.split(E, chunk)]
     return torch.cat(result) if result else torch.zeros(0, dtype=torch.bool, device=E.device)
 
 
@@ -178,7 +178,8 @@ def neglabel_select(
         Indices into `E_adj` and into `E_noun`, each from the farthest on.
 
     Example:
-        >>> adjectives, nouns = neglabel_select(torch.eye(3), torch.zeros(0, 3), torch.eye(3)[:1], 2)
+        >>> names = torch.eye(3)[:1]
+        >>> adjectives, nouns = neglabel_select(torch.eye(3), torch.zeros(0, 3), names, 2)
         >>> nouns.tolist()
         [1, 2]
     """
@@ -202,8 +203,9 @@ def neglabel_select(
     for_adjectives = min(M, total) * len(E_adj) // max(total, 1)
     chosen = []
     for part, quota in ((E_adj, for_adjectives), (E_noun, min(M, total) - for_adjectives)):
-        ratings = [rate(piece) for piece in part.split(chunk)]
-        rating = torch.cat(ratings) if len(part) else names.new_zeros(0)
+        rating = names.new_zeros(0)
+        if len(part):
+            rating = torch.cat([rate(piece) for piece in torch.split(part, chunk)])
         chosen.append(rating.argsort(stable=True)[:quota])
     return chosen[0], chosen[1]
 
