@@ -26,7 +26,7 @@ Unit = Callable[..., Tensor]
 def world(unit: Unit, K: int = 5, n: int = 60, D: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Texts, class texts and proxies, such that about half of the texts are admissible."""
     T = unit(K, D, seed=1)
-    P = torch.nn.functional.normalize(T + 0.6 * unit(K, D, seed=2), dim=-1)
+    P = torch.nn.functional.normalize(T + 3.0 * unit(K, D, seed=2), dim=-1)
     return unit(n, D, seed=3), T, P
 
 

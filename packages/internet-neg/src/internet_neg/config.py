@@ -127,4 +127,6 @@ class InterNegConfig:
             raise InterNegError(
                 f"there is no setting {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
             )
+        if values.get("templates") is not None:
+            values = {**values, "templates": tuple(values["templates"])}
         return cls(**values)

@@ -79,10 +79,12 @@ class InterNegDetector:
 
     Example:
         >>> from internet_neg.mini_clip import build_mini_clip
+        >>> encoder = build_mini_clip()  # untrained: its texts stand in for images here
+        >>> proxies = encoder.encode_text(["The nice red star.", "The nice blue bar."])
         >>> config = InterNegConfig(groups=1, negatives=3, templates=("a photo of a {}",))
         >>> detector = InterNegDetector(
-        ...     build_mini_clip(), ["red star", "blue bar"], config, ["ring", "heart", "pink gear"]
-        ... ).fit("text")
+        ...     encoder, ["red star", "blue bar"], config, ["ring", "heart", "pink gear"]
+        ... ).fit(proxies)
         >>> out = detector.predict(torch.rand(4, 3, 32, 32))
         >>> out.score.shape, sorted(text.word for text in detector.negatives)
         (torch.Size([4]), ['heart', 'pink gear', 'ring'])

@@ -186,6 +186,8 @@ class ProxyBuilder:
         """
         if isinstance(source, Mapping) and "features" in source:
             features, labels = source["features"], torch.as_tensor(source["labels"])
+            if len(labels) != len(features):
+                raise InterNegError(f"there are {len(features)} images but {len(labels)} labels")
             kept = self._choose(labels.tolist())
             return class_proxies(features[kept], labels[kept], self.classnames)
         images, labels_list = self._collect(source)
