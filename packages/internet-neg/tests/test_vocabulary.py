@@ -88,6 +88,7 @@ def test_files_of_ones_own(tmp_path: Path) -> None:
     assert expected.hash != Vocabulary(("gear", "wrench"), ("rusty",)).hash
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
