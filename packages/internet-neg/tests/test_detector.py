@@ -28,6 +28,7 @@ from internet_neg import (
     mcm_score,
 )
 from internet_neg.adapters import InterNegOOD
+from shared_core.data.loading import ImageDataset
 from shared_core.testing import run_gloo
 
 Unit = Callable[..., Tensor]
@@ -255,6 +256,7 @@ def test_proxies_of_every_source(mini: OpenClipEncoder, tmp_path: Path) -> None:
         {names[0]: [pictures[0]], names[1]: [tmp_path / "blue bar" / "one.png"]},
         {"features": features, "labels": torch.tensor([0, 1])},
         list(zip(pictures, [0, 1], strict=True)),
+        ImageDataset(pictures, [0, 1], names),
         loader,
         features,
     ]
@@ -268,8 +270,15 @@ def test_proxies_of_every_source(mini: OpenClipEncoder, tmp_path: Path) -> None:
         make("stream")
 
 
-def test_baselines_behind_the_same_interface(make_detector: Make, unit: Unit) -> None:
+def test_baselines_behind_the_same_interface(
+    make_detector: Make, unit: Unit, tmp_path: Path
+) -> None:
     v = unit(8, 64)
+    for cls in (MCMDetector, NegLabelDetector):
+        saved = make_detector(cls, temperature=0.5)
+        saved.save_pretrained(tmp_path)
+        loaded = cls.from_pretrained(tmp_path)
+        assert torch.equal(loaded.predict(features=v).margin, saved.predict(features=v).margin)
     mcm = make_detector(MCMDetector, temperature=None)
     assert torch.allclose(mcm.predict(features=v).score, mcm_score(v, mcm._T).double())
     assert torch.equal(mcm.predict(features=v).margin.argsort(), mcm_score(v, mcm._T).argsort())

@@ -17,7 +17,7 @@ from internet_neg.errors import InterNegError
 from internet_neg.evaluate import StreamResult, compare, read_imglist
 from internet_neg.models import load_transform
 from internet_neg.presets import NEGLABEL, ImageList, get_benchmark, imagenet_classnames
-from internet_neg.proxies import _class_folders, _is_image, embed_images
+from internet_neg.proxies import class_folders, embed_images, is_image
 from internet_neg.vocabulary import Vocabulary
 from shared_core.errors import InputError
 from shared_core.run import load_state, save_state
@@ -117,7 +117,7 @@ class Settings:
                 raise InterNegError(f"--ood {item!r}; accepted: NAME=FOLDER or NAME=LIST")
             path = Path(where)
             if path.is_dir():
-                files = sorted(file for file in path.rglob("*") if _is_image(file))
+                files = sorted(file for file in path.rglob("*") if is_image(file))
             else:
                 files = read_imglist(path, path.parent)[0]
             if not files:
@@ -236,7 +236,7 @@ def _cached_features(
 def _labelled(folder: Path, classnames: list[str]) -> Files:
     numbers = {name: index for index, name in enumerate(classnames)}
     images, labels = [], []
-    for name, files in _class_folders(folder).items():
+    for name, files in class_folders(folder).items():
         if name not in numbers:
             raise InterNegError(f"the folder {folder / name} is none of the class names")
         images += files

@@ -248,11 +248,12 @@ def negatives(
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
-    suffixes = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    from internet_neg.proxies import is_image
+
     found = []
     for path in paths:
         if path.is_dir():
-            found += sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes)
+            found += sorted(f for f in path.rglob("*") if is_image(f))
         elif path.is_file():
             found.append(path)
         else:

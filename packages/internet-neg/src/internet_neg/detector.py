@@ -322,8 +322,7 @@ class InterNegDetector:
         if (images is None) == (features is None):
             raise InterNegError("give either images or features")
         v = self._embed(images) if features is None else features
-        if v.ndim != 2 or v.shape[1] != T.shape[1] or len(v):
-            check_embeddings("images", v, T.shape[1])
+        check_embeddings("images", v, T.shape[1])
         v = normalize(v.to(T.device))
         first = self._score(v)
         nothing = torch.zeros(len(v), dtype=torch.bool, device=v.device)

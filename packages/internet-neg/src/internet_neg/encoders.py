@@ -136,8 +136,12 @@ class _Encoder:
         """Token ids, padded to the context length."""
         raise NotImplementedError
 
-    def useful_length(self, ids: Tensor) -> int:
+    def useful_length(self, ids: Int[Tensor, "n L"]) -> int:
         """How many columns have to be run to get the features."""
+        return int(self._ends(ids).max()) + 1 if self._truncates else ids.shape[1]
+
+    def _ends(self, ids: Tensor) -> Tensor:
+        """Where the tower reads each text."""
         raise NotImplementedError
 
     def _text_features(self, ids: Tensor) -> Tensor:
@@ -158,8 +162,8 @@ class _Encoder:
             return torch.zeros(0, self.dim, device=self.device)
         ids = self.tokenize(list(texts))
         full = ids.shape[1]
-        lengths = torch.tensor([self.useful_length(row[None]) for row in ids])
-        if full == self.useful_length(ids) and (lengths == full).any() and self._truncates:
+        lengths = self._ends(ids) + 1 if self._truncates else torch.full((len(ids),), full)
+        if self._truncates and (lengths == full).any():
             warnings.warn(
                 f"{int((lengths == full).sum())} of {len(ids)} texts reach the end of the context "
                 f"({full} tokens) and may have been cut",
@@ -322,10 +326,6 @@ class OpenClipEncoder(_Encoder):
                 "text; give the tokenizer that the model was trained with"
             )
 
-    def useful_length(self, ids: Int[Tensor, "n L"]) -> int:
-        """How many columns have to be run to get the features."""
-        return int(self._ends(ids).max()) + 1 if self._truncates else ids.shape[1]
-
     def _image_features(self, pixels: Tensor) -> Tensor:
         found: Tensor = self.model.encode_image(pixels)  # type: ignore[operator]
         return found
@@ -468,10 +468,6 @@ class HFClipEncoder(_Encoder):
                 "the text tower reads where the tokenizer does not end a text; give the tokenizer "
                 "that the model was trained with"
             )
-
-    def useful_length(self, ids: Int[Tensor, "n L"]) -> int:
-        """How many columns have to be run to get the features."""
-        return int(self._ends(ids).max()) + 1 if self._truncates else ids.shape[1]
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return _pooled(self.model.get_image_features(pixel_values=pixels))  # type: ignore[operator]

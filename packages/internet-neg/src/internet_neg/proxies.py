@@ -18,7 +18,15 @@ from shared_core.run import progress
 if TYPE_CHECKING:
     from internet_neg.encoders import DualEncoder
 
-__all__ = ["ProxyBuilder", "class_proxies", "embed_images", "read_image", "stream_proxies"]
+__all__ = [
+    "ProxyBuilder",
+    "class_folders",
+    "class_proxies",
+    "embed_images",
+    "is_image",
+    "read_image",
+    "stream_proxies",
+]
 
 
 def class_proxies(
@@ -190,9 +198,14 @@ class ProxyBuilder:
                 raise InterNegError(f"there are {len(features)} images but {len(labels)} labels")
             kept = self._choose(labels.tolist())
             return class_proxies(features[kept], labels[kept], self.classnames)
-        images, labels_list = self._collect(source)
-        kept = self._choose(labels_list)
-        chosen = [images[i] for i in kept]
+        if isinstance(getattr(source, "targets", None), list):  # labels without reading images
+            labels_list = [int(label) for label in source.targets]
+            kept = self._choose(labels_list)
+            chosen = [source[i][0] for i in kept]
+        else:
+            images, labels_list = self._collect(source)
+            kept = self._choose(labels_list)
+            chosen = [images[i] for i in kept]
         features = self._embed(chosen)
         labels = torch.tensor([labels_list[i] for i in kept], dtype=torch.long)
         return class_proxies(features, labels, self.classnames)
@@ -225,7 +238,7 @@ class ProxyBuilder:
 
     def _collect(self, source: Any) -> tuple[list[Any], list[int]]:
         if isinstance(source, str | os.PathLike):
-            source = _class_folders(Path(source))
+            source = class_folders(Path(source))
         if isinstance(source, Mapping):
             unknown = [name for name in source if name not in self.classnames]
             if unknown:
@@ -251,12 +264,16 @@ class ProxyBuilder:
         return images, labels
 
 
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The images of each subfolder."""
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """The images of each subfolder, by its name.
+
+    Raises:
+        InterNegError: If there is no folder, or no image in any subfolder.
+    """
     if not folder.is_dir():
         raise InterNegError(f"there is no folder {folder}")
     found = {
-        child.name: sorted(file for file in child.rglob("*") if _is_image(file))
+        child.name: sorted(file for file in child.rglob("*") if is_image(file))
         for child in sorted(folder.iterdir())
         if child.is_dir()
     }
@@ -265,7 +282,13 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
+    """Whether a file's name is an image's.
+
+    Example:
+        >>> is_image(Path("a.JPG")), is_image(Path("a.txt"))
+        (True, False)
+    """
     suffixes = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
     return file.suffix.lower() in suffixes
 
