@@ -6,13 +6,14 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from internet_neg._checks import check_classnames, check_embeddings, normalize
+from internet_neg._outputs import NegativeText, OODOutput
 from internet_neg._parallel import gather_counts, gather_rows, is_parallel
 from internet_neg._texts import cached_text_features
 from internet_neg.bank import NegativeBank
@@ -29,34 +30,6 @@ from shared_core.device import select_dtype
 from shared_core.run import load_state, progress, save_state, write_json
 
 __all__ = ["InterNegDetector", "NegativeText", "OODOutput"]
-
-
-class NegativeText(NamedTuple):
-    """A chosen word: the word, ``noun`` or ``adj``, and its deviation (None where not used)."""
-
-    word: str
-    pos: str
-    deviation: float | None
-
-
-class OODOutput(NamedTuple):
-    """What a detector says of a batch.
-
-    Attributes:
-        score: S in [0, 1]; high is in-distribution.
-        margin: Ranks as the score does, without its ties by saturation.
-        pred: The most similar known class.
-        is_id: Whether the margin reaches the calibrated threshold; None before `calibrate`.
-        gated: Whether the image was inverted into a text.
-        accepted: Whether that text was admissible and offered to the bank.
-    """
-
-    score: Float[Tensor, " B"]
-    margin: Float[Tensor, " B"]
-    pred: Int[Tensor, " B"]
-    is_id: Bool[Tensor, " B"] | None
-    gated: Bool[Tensor, " B"]
-    accepted: Bool[Tensor, " B"]
 
 
 class InterNegDetector:
