@@ -191,8 +191,7 @@ class InterNegDetector:
     ) -> "InterNegDetector":
         if T.shape[0] != len(self.classnames):
             raise InterNegError(f"{len(T)} class texts for {len(self.classnames)} class names")
-        chosen = self._choose(nouns, adjectives, T, P)
-        adj, noun = chosen
+        adj, noun = self._choose(nouns, adjectives, T, P)
         self._words = [(vocabulary.adjectives[i], "adj") for i in adj.tolist()]
         self._words += [(vocabulary.nouns[i], "noun") for i in noun.tolist()]
         N = torch.cat([adjectives[adj], nouns[noun]])
@@ -202,10 +201,8 @@ class InterNegDetector:
     def _choose(
         self, nouns: Tensor, adjectives: Tensor, T: Tensor, P: Tensor
     ) -> tuple[Tensor, Tensor]:
-        config = self.config
-        available = len(nouns) + len(adjectives)
-        M = min(config.negatives, available)
-        return select_negatives(nouns, adjectives, T, P, M, config.chunk_size)
+        M = min(self.config.negatives, len(nouns) + len(adjectives))
+        return select_negatives(nouns, adjectives, T, P, M, self.config.chunk_size)
 
     def _set(self, T: Tensor, P: Tensor, N: Tensor) -> None:
         config = self.config
@@ -301,9 +298,8 @@ class InterNegDetector:
         nothing = torch.zeros(len(v), dtype=torch.bool, device=v.device)
         gated = (first.score <= self.config.beta) if self._gates(update) else nothing
         accepted = nothing
-        shared = sync and is_parallel()
         if self._gates(update):
-            accepted, changed = self._extend(v, gated, shared)
+            accepted, changed = self._extend(v, gated, sync and is_parallel())
             if changed:
                 again = nothing.logical_not() if self.config.rescore == "batch" else accepted
                 second = self._score(v)
@@ -330,11 +326,8 @@ class InterNegDetector:
         """
         config, T = self.config, self._fitted()
         where = gated.nonzero().flatten()
-        counts, before = [len(where)], 0
-        sizes, offset = [len(v)], 0
-        if shared:
-            counts, before = gather_counts(len(where), v.device)
-            sizes, offset = gather_counts(len(v), v.device)
+        counts, before = gather_counts(len(where), v.device) if shared else ([len(where)], 0)
+        sizes, offset = gather_counts(len(v), v.device) if shared else ([len(v)], 0)
         total = sum(counts)
         sources = self._seen + offset + where
         self._seen += sum(sizes)
@@ -503,9 +496,8 @@ class InterNegDetector:
         return embed_images(self.encoder, images)
 
     def _regroup(self) -> None:
-        config = self.config
         Z = torch.cat([self._N, self._bank.embeddings.to(self._N)])
-        self._grouped = group_negatives(Z, config.groups, config.group_permute)
+        self._grouped = group_negatives(Z, self.config.groups, self.config.group_permute)
 
     def _warn_of_gate_rate(self) -> None:
         limit = self.config.max_gate_rate
@@ -565,9 +557,7 @@ class InterNegDetector:
             folder: Made if absent. The model's weights are not written.
         """
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
         save_state(path / "detector.safetensors", self.state_dict())
-        source = getattr(self.encoder, "source", {})
         fingerprint = None if self.encoder is None else self.encoder.fingerprint()
         write_json(
             path / "config.json",
@@ -575,7 +565,7 @@ class InterNegDetector:
                 "method": self.title,
                 "classnames": self.classnames,
                 "config": self.config.to_dict(),
-                "model": source,
+                "model": getattr(self.encoder, "source", {}),
                 "fingerprint": fingerprint,
             },
         )
