@@ -1,0 +1,257 @@
+"""A comparison on image files: features once for all methods, then the protocol of `evaluate`."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from internet_neg.baselines import MCMDetector, NegLabelDetector
+from internet_neg.config import InterNegConfig
+from internet_neg.detector import InterNegDetector
+from internet_neg.errors import InterNegError
+from internet_neg.evaluate import StreamResult, compare, read_imglist
+from internet_neg.models import load_transform
+from internet_neg.presets import NEGLABEL, ImageList, get_benchmark, imagenet_classnames
+from internet_neg.proxies import class_folders, embed_images, is_image
+from internet_neg.vocabulary import Vocabulary
+from shared_core.errors import InputError
+from shared_core.run import load_state, save_state
+
+__all__ = ["METHODS", "Settings", "run_benchmark"]
+
+METHODS = ("mcm", "neglabel", "text-only", "interneg")
+
+Files = tuple[list[Path], list[int]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare on.
+
+    Attributes:
+        classnames: Names of the known classes.
+        known: Test images of known classes and their labels.
+        shots: Images for the proxies and their labels.
+        unknown: Sets of unknown images.
+        config: Of InterNeg.
+        neglabel: Of NegLabel.
+        batch_size: Images of the stream at a time.
+        transform: ``clip`` or ``openood``.
+    """
+
+    classnames: list[str]
+    known: Files
+    shots: Files
+    unknown: dict[str, list[Path]]
+    config: InterNegConfig
+    neglabel: InterNegConfig
+    batch_size: int = 256
+    transform: str = "clip"
+
+    @classmethod
+    def from_preset(cls, name: str, data_root: Path | None) -> "Settings":
+        """A benchmark of the paper, from OpenOOD's folder of lists and images.
+
+        Raises:
+            InterNegError: If a list is missing or has another number of images than it should.
+        """
+        benchmark = get_benchmark(name)
+        if data_root is None:
+            raise InterNegError(f"the preset {name} reads images of your own: give --data-root")
+        root = Path(data_root)
+
+        def read(part: ImageList) -> Files:
+            path = root / "benchmark_imglist" / part.imglist
+            found = read_imglist(path, root / "images_largescale")
+            if len(found[0]) != part.count:
+                raise InterNegError(
+                    f"{path} lists {len(found[0])} images; the benchmark has {part.count}"
+                )
+            return found
+
+        images, labels = read(benchmark.train)
+        return cls(
+            imagenet_classnames(),
+            read(benchmark.known),
+            _draw(images, labels, benchmark.config.shots or 16, benchmark.config.seed),
+            {key: read(part)[0] for key, part in benchmark.unknown.items()},
+            benchmark.config,
+            NEGLABEL,
+            benchmark.batch_size,
+            benchmark.transform,
+        )
+
+    @classmethod
+    def from_folders(
+        cls,
+        classnames: list[str],
+        known: Path,
+        id_images: Path,
+        ood: Sequence[str],
+        *,
+        negatives: int,
+        groups: int,
+    ) -> "Settings":
+        """Folders and lists of your own.
+
+        Args:
+            classnames: Names of the known classes.
+            known: Folder with a subfolder for each class, or a list.
+            id_images: Folder with a subfolder for each class.
+            ood: ``NAME=PATH`` for each set.
+            negatives: M of InterNeg and NegLabel.
+            groups: G of both.
+
+        Raises:
+            InterNegError: If something is missing.
+        """
+        unknown = {}
+        for item in ood:
+            name, _, where = item.partition("=")
+            if not where:
+                raise InterNegError(f"--ood {item!r}; accepted: NAME=FOLDER or NAME=LIST")
+            path = Path(where)
+            if path.is_dir():
+                files = sorted(file for file in path.rglob("*") if is_image(file))
+            else:
+                files = read_imglist(path, path.parent)[0]
+            if not files:
+                raise InterNegError(f"there are no images in {path}")
+            unknown[name] = files
+        config = InterNegConfig(negatives=negatives, groups=groups)
+        images, labels = _labelled(id_images, classnames)
+        return cls(
+            classnames,
+            _labelled(known, classnames) if known.is_dir() else read_imglist(known, known.parent),
+            _draw(images, labels, config.shots or 16, config.seed),
+            unknown,
+            config,
+            config,
+        )
+
+    def with_changes(self, *, batch_size: int, **changes: Any) -> "Settings":
+        """The same with other settings of InterNeg."""
+        config = dataclasses.replace(self.config, **changes)
+        return dataclasses.replace(self, config=config, batch_size=batch_size)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings without the file names, JSON-ready."""
+        return {
+            "classes": len(self.classnames),
+            "known": len(self.known[0]),
+            "shots": len(self.shots[0]),
+            "unknown": {name: len(files) for name, files in self.unknown.items()},
+            "interneg": self.config.to_dict(),
+            "neglabel": self.neglabel.to_dict(),
+            "batch_size": self.batch_size,
+            "transform": self.transform,
+        }
+
+
+def run_benchmark(
+    encoder: Any,
+    settings: Settings,
+    methods: Sequence[str],
+    vocabulary: Vocabulary,
+    cache: Path | None = None,
+    *,
+    rank_by: str = "margin",
+) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[tuple[str, str], StreamResult], int]:
+    """Embed all images once, fit the methods, and compare them.
+
+    Args:
+        encoder: The model.
+        settings: What to compare on.
+        methods: Some of `METHODS`.
+        vocabulary: Candidate words.
+        cache: Folder that keeps features; None keeps none.
+        rank_by: ``margin`` or ``score``.
+
+    Returns:
+        What `internet_neg.evaluate.compare` returns, and the number of known images.
+    """
+    if not methods or (unknown := [m for m in methods if m not in METHODS]):
+        raise InterNegError(
+            f"methods {', '.join(unknown) if methods else 'are missing'}; "
+            f"accepted: {', '.join(METHODS)}"
+        )
+    if rank_by not in ("margin", "score"):
+        raise InterNegError(f"rank_by={rank_by!r}; accepted: margin, score")
+
+    def embed(files: list[Path]) -> Tensor:
+        return _cached_features(encoder, files, settings.transform, cache)
+
+    source = {"features": embed(settings.shots[0]), "labels": torch.tensor(settings.shots[1])}
+    names = settings.classnames
+    text_only = dataclasses.replace(settings.config, text_only=True)
+    makers: dict[str, Callable[[], InterNegDetector]] = {
+        "mcm": lambda: MCMDetector(encoder, names, InterNegConfig(), vocabulary, cache),
+        "neglabel": lambda: NegLabelDetector(encoder, names, settings.neglabel, vocabulary, cache),
+        "text-only": lambda: InterNegDetector(encoder, names, text_only, vocabulary, cache),
+        "interneg": lambda: InterNegDetector(encoder, names, settings.config, vocabulary, cache),
+    }
+    detectors = {method: makers[method]().fit(source) for method in methods}
+    known = embed(settings.known[0])
+    table, streams = compare(
+        detectors,
+        known,
+        {name: embed(files) for name, files in settings.unknown.items()},
+        labels=torch.tensor(settings.known[1]),
+        batch_size=settings.batch_size,
+        seeds=[settings.config.seed],
+        rank_by=cast(Literal["margin", "score"], rank_by),
+    )
+    return table, streams, len(known)
+
+
+def _cached_features(
+    encoder: Any, files: list[Path], transform: str, folder: Path | None
+) -> Tensor:
+    if folder is None:
+        return embed_images(encoder, files, transform=load_transform(transform, encoder))
+    digest = hashlib.sha256(f"{encoder.fingerprint()} {transform}".encode())
+    for file in files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise InterNegError(f"the image {file} is not there") from error
+        digest.update(f"\0{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+    path = folder / f"images-{digest.hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        try:
+            features: Tensor = load_state(path)
+            return features.to(encoder.device)
+        except InputError:
+            path.unlink()  # a damaged cache is made anew
+    features = embed_images(encoder, files, transform=load_transform(transform, encoder))
+    save_state(path, features)
+    return features
+
+
+def _labelled(folder: Path, classnames: list[str]) -> Files:
+    numbers = {name: index for index, name in enumerate(classnames)}
+    images, labels = [], []
+    for name, files in class_folders(folder).items():
+        if name not in numbers:
+            raise InterNegError(f"the folder {folder / name} is none of the class names")
+        images += files
+        labels += [numbers[name]] * len(files)
+    return images, labels
+
+
+def _draw(images: list[Path], labels: list[int], shots: int, seed: int) -> Files:
+    """At most `shots` images of each class, so that no more than those are embedded."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    counts: dict[int, int] = {}
+    kept = []
+    for index in order:
+        counts[labels[index]] = counts.get(labels[index], 0) + 1
+        if counts[labels[index]] <= shots:
+            kept.append(index)
+    kept.sort()
+    return [images[i] for i in kept], [labels[i] for i in kept]

@@ -1,0 +1,102 @@
+"""Finding a model by what a person types, and the image transforms of the literature."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internet_neg.encoders import HFClipEncoder, OpenClipEncoder
+from internet_neg.errors import InterNegError
+from internet_neg.mini_clip import FILE, load_mini_clip
+from internet_neg.presets import MODELS
+
+__all__ = ["load_encoder", "load_transform"]
+
+
+def load_encoder(
+    model: str | os.PathLike[str],
+    pretrained: str | None = None,
+    *,
+    library: str | None = None,
+    device: torch.device | None = None,
+) -> OpenClipEncoder | HFClipEncoder:
+    """An encoder by name.
+
+    Args:
+        model: A key of `internet_neg.presets.MODELS`, a folder with a mini-CLIP, an architecture of
+            open_clip, or a hub id or folder of transformers.
+        pretrained: Weights for open_clip: a tag or a file.
+        library: ``open_clip``, ``hf`` or ``mini``, if it is known; otherwise a folder with a
+            mini-CLIP is one, weights mean open_clip, and a slash means transformers.
+        device: Where to; by default the CPU.
+
+    Raises:
+        InterNegError: If it cannot be loaded.
+
+    Example:
+        >>> load_encoder("ViT-B-16", "openai")
+        Traceback (most recent call last):
+        internet_neg.errors.InterNegError: OpenAI's weights were trained with QuickGELU: take
+        ViT-B-16-quickgelu
+    """
+    name = os.fspath(model)
+    if library is None and pretrained is None and name in MODELS:
+        preset = MODELS[name]
+        name, pretrained, library = preset.model, preset.pretrained, preset.library
+    if library is None:
+        if (Path(name) / FILE).is_file():
+            library = "mini"
+        elif pretrained is None and ("/" in name or Path(name).is_dir()):
+            library = "hf"
+        else:
+            library = "open_clip"
+    if library == "mini":
+        return load_mini_clip(name, device)
+    if library == "hf":
+        return HFClipEncoder.from_pretrained(name, device=device)
+    if library != "open_clip":
+        raise InterNegError(f"library {library!r}; accepted: open_clip, hf, mini")
+    if pretrained is None:
+        raise InterNegError(
+            f"which weights for {name}? give --pretrained (such as openai), or a model of: "
+            f"{', '.join(MODELS)}"
+        )
+    return OpenClipEncoder.from_pretrained(name, pretrained, device=device)
+
+
+def load_transform(name: str, encoder: Any) -> Callable[[Any], Tensor]:
+    """The image transform of a benchmark.
+
+    Args:
+        name: ``clip`` for the model's own, ``openood`` for OpenOOD's: the short side to 256 pixels,
+            the middle 224, CLIP's mean and deviation.
+        encoder: Whose own transform.
+
+    Raises:
+        InterNegError: If the name is not known.
+
+    Example:
+        >>> import PIL.Image
+        >>> load_transform("openood", None)(PIL.Image.new("RGB", (300, 400))).shape
+        torch.Size([3, 224, 224])
+    """
+    if name == "clip":
+        own: Callable[[Any], Tensor] = encoder.preprocess
+        return own
+    if name != "openood":
+        raise InterNegError(f"transform {name!r}; accepted: clip, openood")
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from torchvision import transforms
+
+    chain: Callable[[Any], Tensor] = transforms.Compose(
+        [
+            transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
+        ]
+    )
+    return chain

@@ -1,0 +1,163 @@
+"""The protocol: orders, metrics, tables, lists, and a comparison on image files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from torch import Tensor
+
+from internet_neg import InterNegDetector, InterNegError, MCMDetector, OpenClipEncoder, Vocabulary
+from internet_neg.benchmark import METHODS, Settings, run_benchmark
+from internet_neg.evaluate import compare, read_imglist, run_stream, stream_metrics
+from internet_neg.plots import plot_bank, plot_margins, plot_roc
+from shared_core.metrics import fpr_at_recall
+
+Unit = Callable[..., Tensor]
+Make = Callable[..., InterNegDetector]
+
+
+def test_a_stream_is_shuffled_by_its_seed_alone(make_detector: Make, unit: Unit) -> None:
+    detector = make_detector()
+    v = unit(30, 64)
+    one, two = (run_stream(detector, v, batch_size=8, seed=3) for _ in range(2))
+    assert torch.equal(one.output.margin, two.output.margin)
+    assert torch.equal(one.order.sort().values, torch.arange(30))
+    assert not torch.equal(one.order, run_stream(detector, v, seed=4).order)
+    plain = run_stream(detector, v, batch_size=8, seed=None, update=False)
+    assert plain.order.tolist() == list(range(30))
+    assert torch.equal(plain.output.margin, detector.predict(features=v, update=False).margin)
+    last = one.growth[-1]
+    assert last["seen"] == 30
+    assert last["bank"] == min(8, last["accepted"])
+    with pytest.raises(InterNegError, match="0 images"):
+        run_stream(detector, v[:0])
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_metrics_take_each_image_to_its_side(make_detector: Make, unit: Unit) -> None:
+    detector = make_detector(text_only=True)
+    T = detector._T
+    known = torch.cat([T, T])
+    result = run_stream(detector, torch.cat([known, detector._N]), batch_size=3, seed=1)
+    labels = torch.tensor([0, 1, 0, 1])
+    found = stream_metrics(result, 4, labels)
+    margins = detector.predict(features=torch.cat([known, detector._N])).margin
+    assert found["fpr95"] == fpr_at_recall(margins[:4], margins[4:])
+    swapped = fpr_at_recall(-margins[4:], -margins[:4])
+    assert found["fpr95_ood_positive"] == swapped
+    assert found["id_accuracy"] == 1.0
+    assert (found["n_id"], found["n_ood"]) == (4, 12)
+    assert stream_metrics(result, 4, rank_by="score")["id_accuracy"] is None
+    with pytest.raises(ValueError, match="margin"):
+        stream_metrics(result, 4, rank_by="rank")  # type: ignore[arg-type]
+
+
+def test_id_accuracy_is_that_of_plain_zero_shot(make_detector: Make, unit: Unit) -> None:
+    known, unknown = unit(20, 64), {"a": unit(10, 64, seed=1), "b": unit(12, 64, seed=2)}
+    labels = torch.arange(20) % 2
+    detectors = {"mcm": make_detector(MCMDetector, temperature=None), "ours": make_detector()}
+    table, streams = compare(detectors, known, unknown, labels=labels, batch_size=7, seeds=[0, 1])
+    plain = ((known @ detectors["mcm"]._T.T).argmax(1) == labels).double().mean().item()
+    for method in detectors:
+        assert table[method]["average"]["id_accuracy"] == pytest.approx(plain)
+        values = [table[method][name]["auroc"] for name in unknown]
+        assert table[method]["average"]["auroc"] == pytest.approx(sum(values) / 2)
+        runs = table[method]["a"]["by_seed"]
+        assert table[method]["a"]["fpr95"] == pytest.approx(
+            (runs[0]["fpr95"] + runs[1]["fpr95"]) / 2
+        )
+    # Without a stream to learn from, the order does not matter.
+    first, second = table["mcm"]["a"]["by_seed"]
+    assert first == second
+    assert len(plot_roc(streams, 20).axes) == 2
+    assert len(plot_margins(streams, 20).axes) == 4
+    assert plot_bank({k: s for k, s in streams.items() if k[0] == "mcm"}) is None
+    with pytest.raises(InterNegError, match="at least one set"):
+        compare(detectors, known, {})
+
+
+def test_lists(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text("a/b c.png 3\n\nd.png -1\n")
+    images, labels = read_imglist(path, tmp_path)
+    assert images == [tmp_path / "a/b c.png", tmp_path / "d.png"]
+    assert labels == [3, -1]
+    for text, message in (("a.png\n", "line 1"), ("a.png x\n", "line 1"), ("\n", "is empty")):
+        path.write_text(text)
+        with pytest.raises(InterNegError, match=message):
+            read_imglist(path, tmp_path)
+    with pytest.raises(InterNegError, match="cannot read the image list"):
+        read_imglist(tmp_path / "absent.txt", tmp_path)
+
+
+@pytest.fixture
+def image_folders(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for folder in ("id/red star", "id/blue bar", "shots/red star", "shots/blue bar", "ood"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(3):
+            pixels = torch.randint(256, (20, 24, 3), generator=generator, dtype=torch.uint8)
+            PIL.Image.fromarray(pixels.numpy()).save(tmp_path / folder / f"{i}.png")
+    return tmp_path
+
+
+def test_a_comparison_on_files(
+    mini: OpenClipEncoder, image_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folders
+    settings = Settings.from_folders(
+        ["red star", "blue bar"],
+        root / "id",
+        root / "shots",
+        [f"noise={root / 'ood'}"],
+        negatives=5,
+        groups=1,
+    ).with_changes(batch_size=4, seed=1, templates=("a {}",), beta=0.0)
+    assert settings.describe()["unknown"] == {"noise": 3}
+    shapes = Vocabulary(
+        tuple(f"{c} gear" for c in ("red", "blue", "pink", "gray", "cyan", "white"))
+    )
+    # The untrained model admits no word; what is tested is the way from files to a table.
+    monkeypatch.setattr("internet_neg.selection.admissible", _all_admissible)
+    table, streams, n_id = run_benchmark(mini, settings, METHODS, shapes, root / "cache")
+    assert n_id == 6
+    assert list(table) == list(METHODS)
+    assert len(streams) == 4
+    monkeypatch.setattr(mini, "encode_image", lambda pixels: pytest.fail("computed again"))
+    again, _, _ = run_benchmark(mini, settings, METHODS, shapes, root / "cache")
+    assert again == table
+    for methods, message in (((), "are missing"), (("odin",), "methods odin; accepted: mcm")):
+        with pytest.raises(InterNegError, match=message):
+            run_benchmark(mini, settings, methods, shapes)
+    with pytest.raises(InterNegError, match="rank_by"):
+        run_benchmark(mini, settings, METHODS, shapes, rank_by="rank")
+
+
+def _all_admissible(E: Tensor, *_: Any) -> Tensor:
+    return torch.ones(len(E), dtype=torch.bool)
+
+
+def test_presets_read_openoods_lists_and_count_them(tmp_path: Path) -> None:
+    with pytest.raises(InterNegError, match="give --data-root"):
+        Settings.from_preset("imagenet-near", None)
+    folder = tmp_path / "benchmark_imglist" / "imagenet"
+    folder.mkdir(parents=True)
+    (folder / "train_imagenet.txt").write_text("a.JPEG 0\n")
+    with pytest.raises(InterNegError, match=r"lists 1 images; the benchmark has 1281167"):
+        Settings.from_preset("imagenet-near", tmp_path)
+
+
+def test_folders_that_are_not_there(image_folders: Path) -> None:
+    root, names = image_folders, ["red star", "blue bar"]
+    options: dict[str, Any] = {"negatives": 5, "groups": 1}
+    for args, message in (
+        ((names, root / "id", root / "shots", ["noise"]), "accepted: NAME=FOLDER"),
+        ((names, root / "id", root / "absent", [f"a={root}/ood"]), "there is no folder"),
+        ((names, root / "id", root / "ood", [f"a={root}/ood"]), "no subfolder of images"),
+        ((["red star"], root / "id", root / "shots", [f"a={root}/ood"]), "none of the class names"),
+    ):
+        with pytest.raises(InterNegError, match=message):
+            Settings.from_folders(*args, **options)
