@@ -75,9 +75,9 @@ def test_a_difference_is_found_and_chance_is_not() -> None:
         g = torch.Generator().manual_seed(10_000 + seed)
         noise = torch.randn(2, len(scores), generator=g).double()
         a, b = (scores + n for n in noise)
-        false_alarms += compare_openworld_auc(
-            (a, correct, is_base), (b, correct, is_base)
-        ).p_value < 0.05
+        false_alarms += (
+            compare_openworld_auc((a, correct, is_base), (b, correct, is_base)).p_value < 0.05
+        )
         worse = correct & (torch.rand(len(scores), generator=g) < 0.85)
         result = compare_openworld_auc((a, correct, is_base), (a, worse, is_base))
         found += result.p_value < 0.05

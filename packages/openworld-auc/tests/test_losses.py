@@ -30,14 +30,12 @@ def test_each_surrogate_is_a_double_loop(surrogate) -> None:
     for i in range(12):
         for j in range(12):
             if positive[i] and not positive[j]:
-                z = float(scores[i] - scores[j])
-                total += float(weight[i] * weight[j]) * PAIR[surrogate](z)
+                z = (scores[i] - scores[j]).item()
+                total += (weight[i] * weight[j]).item() * PAIR[surrogate](z)
                 pairs += 1
     loss = GatedPairwiseAUCLoss(surrogate)
     assert loss(scores, positive, weight).item() == pytest.approx(total / pairs, rel=1e-12)
-    summed = gated_pairwise_auc_loss(
-        scores, positive, weight, surrogate=surrogate, reduction="sum"
-    )
+    summed = gated_pairwise_auc_loss(scores, positive, weight, surrogate=surrogate, reduction="sum")
     assert summed.item() == pytest.approx(total, rel=1e-12)
     assert torch.autograd.gradcheck(lambda s, w: loss(s, positive, w), (scores, weight))
 

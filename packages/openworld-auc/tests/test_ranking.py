@@ -201,6 +201,7 @@ def test_bad_options() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_it_is_the_same(tools) -> None:
     for seed in range(10):
         case = tools.case(seed, levels=5)

@@ -30,7 +30,7 @@ class BinnedAUC(NamedTuple):
     bound: Tensor
 
 
-def bin_edges(bins: int | Float[Tensor, " edges"]) -> Float[Tensor, " edges"]:
+def bin_edges(bins: int | Shaped[Tensor, " edges"]) -> Float[Tensor, " edges"]:
     """Edges of score bins, float64; scores outside fall into two end bins.
 
     A number of bins gives edges uniform in logit(r) from -16 to 16, because maxima of softmaxes
@@ -92,7 +92,7 @@ def openworld_auc_binned(
     correct: Shaped[Tensor, " n"],
     is_base: Shaped[Tensor, " n"],
     *,
-    bins: int | Float[Tensor, " edges"] = 1024,
+    bins: int | Shaped[Tensor, " edges"] = 1024,
 ) -> BinnedAUC:
     """`openworld_auc` from histograms, with the exact bound of its error.
 

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -111,6 +111,11 @@ class _Accumulating(Metric):
         base = check_domain(is_base, len(values), values.device)
         return values, right.double() if self.soft else right, base
 
+    def merge_state(self, incoming_state: Any) -> None:
+        """Add the samples of another metric, and forget what was computed before."""
+        super().merge_state(incoming_state)
+        self._computed = None
+
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the samples of all processes; `compute` calls this."""
         if isinstance(self.scores, list) and not self.scores:
@@ -182,7 +187,7 @@ class OpenworldAUC(_Accumulating):
 
     def __init__(
         self,
-        bins: int | Float[Tensor, " edges"] | None = None,
+        bins: int | Shaped[Tensor, " edges"] | None = None,
         *,
         ties: Ties = "half",
         soft: bool = False,

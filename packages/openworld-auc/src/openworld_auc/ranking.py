@@ -70,10 +70,10 @@ def openworld_auc(
 
 
 def openworld_auc_score(
-    base_score: Sequence[float] | Shaped[np.ndarray, " b"],
-    base_correct: Sequence[bool | float] | Shaped[np.ndarray, " b"],
-    new_score: Sequence[float] | Shaped[np.ndarray, " n"],
-    new_correct: Sequence[bool | float] | Shaped[np.ndarray, " n"],
+    base_score: Sequence[float | int | bool] | Shaped[np.ndarray, " b"],
+    base_correct: Sequence[bool | int | float] | Shaped[np.ndarray, " b"],
+    new_score: Sequence[float | int | bool] | Shaped[np.ndarray, " n"],
+    new_correct: Sequence[bool | int | float] | Shaped[np.ndarray, " n"],
 ) -> float:
     """`openworld_auc` of lists or numpy arrays, one pair for each domain, as a Python number.
 
