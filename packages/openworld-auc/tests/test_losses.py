@@ -66,7 +66,8 @@ def test_without_pairs_it_is_zero_with_a_zero_gradient(positive) -> None:
     loss = gated_pairwise_auc_loss(scores, torch.full((12,), positive), weight)
     loss.backward()
     assert loss.item() == 0
-    assert bool((scores.grad == 0).all()) and bool((weight.grad == 0).all())
+    assert bool((scores.grad == 0).all())
+    assert bool((weight.grad == 0).all())
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -1,4 +1,4 @@
-"""Base and new classes, and few shots of the base ones, as the benchmarks of the paper have them."""
+"""Base and new classes, and few shots of the base ones, as the paper's benchmarks have them."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The demo: what the metric sees, and prompts tuned for a small CLIP that is trained on the spot."""
+"""The demo: what the metric sees, and prompts tuned for a small CLIP trained on the spot."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -107,7 +107,7 @@ def pretrain(
 
 
 def pixels(images: np.ndarray, severity: float = 0.0, seed: int = 0) -> Tensor:
-    """Images as tensors; with a severity in other light: a warm cast, less contrast, noise, clutter.
+    """Images as tensors; with a severity: a warm cast, less contrast, noise and clutter.
 
     Args:
         images: Bytes, [n, 32, 32, 3].

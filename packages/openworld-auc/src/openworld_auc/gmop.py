@@ -1,7 +1,7 @@
 """GMoP, gated mixture of prompts: a prompt for each role in open-world classification.
 
-A tuned prompt g classifies base classes, K tuned prompts r_k detect what is base, and a hand-written
-prompt h classifies new classes. CoOp (one tuned prompt in all roles) and zero-shot CLIP are other
+A tuned prompt g classifies base classes, K tuned prompts r_k detect what is base, and a
+hand-written prompt h classifies new classes. CoOp (one tuned prompt in all roles) and zero-shot CLIP are other
 settings of the same model, so that they compare fairly.
 """
 

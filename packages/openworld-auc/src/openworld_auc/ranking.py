@@ -41,7 +41,7 @@ def openworld_auc(
         correct: Whether each sample is classified right within its own domain: bool, or a number
             in [0, 1] (the soft form).
         is_base: Which samples are of base classes: bool, or 0 and 1.
-        sample_weight: Weights a_i and b_j of the samples: ``sum a_i c_i b_j d_j K / (sum a sum b)``.
+        sample_weight: Weights a_i and b_j: ``sum_ij a_i c_i b_j d_j K / (sum a sum b)``.
         ties: Whether equal scores count ``half``, as the trapezoids of a ROC curve do, or nothing
             (``strict``), the literal indicator of the definition.
 
@@ -49,7 +49,8 @@ def openworld_auc(
         The area, float64, on the device of the scores (on the CPU for MPS, which has no float64).
 
     Raises:
-        InputError: If lengths differ, a score is NaN, a value is out of range, or a domain is empty.
+        InputError: If lengths differ, a score is NaN, a value is out of range, or a domain has
+            no sample.
 
     Source:
         Hua et al., OpenworldAUC (ICML 2025), the definition of the metric and its empirical form.
@@ -110,8 +111,9 @@ def openworld_curve(
 ) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"], Float[Tensor, " points"]]:
     """The curve whose area is OpenworldAUC: what the base side misses, what the new side hits.
 
-    At threshold t, samples with r > t go to the base classifier and the others to the classifier of
-    new classes: ``MissRate_b(t) = 1 - P_b[r > t, g right]``, ``HitRate_n(t) = P_n[r <= t, h right]``.
+    At threshold t, samples with r > t go to the base classifier and the others to the classifier
+    of new classes: ``MissRate_b(t) = 1 - P_b[r > t, g right]`` and
+    ``HitRate_n(t) = P_n[r <= t, h right]``.
     The curve begins at (1 - Acc_b, 0), not at 0, and ends at (1, Acc_n).
 
     Args:
@@ -120,8 +122,8 @@ def openworld_curve(
         is_base: Domain of each sample, [n].
 
     Returns:
-        ``(miss_rate_base, hit_rate_new, thresholds)``, float64, ascending: a point for the threshold
-        minus infinity and one for each distinct score. The trapezoidal area is `openworld_auc`.
+        ``(miss_rate_base, hit_rate_new, thresholds)``, float64, ascending: a point for the
+        threshold minus infinity and one for each distinct score. The trapezoidal area is `openworld_auc`.
 
     Raises:
         InputError: As `openworld_auc`.

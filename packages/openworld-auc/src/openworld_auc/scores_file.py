@@ -35,8 +35,8 @@ class ScoresFile(NamedTuple):
 def read_scores(path: str | Path) -> ScoresFile:
     r"""Read scores, correctness and domain of test samples.
 
-    Columns (npz: arrays) are ``score``, larger meaning more base-like; ``is_base`` (0/1, true/false)
-    or ``domain`` (base/new); and ``correct``, or ``pred`` and ``target`` within the sample's own
+    Columns (npz: arrays) are ``score``, larger meaning more base-like; ``is_base`` (0/1,
+    true/false) or ``domain`` (base/new); and ``correct``, or ``pred`` and ``target`` within the sample's own
     domain.
 
     Args:
