@@ -341,7 +341,7 @@ def test_bad_input(backbone) -> None:
         GMoP(backbone, BASE, config=GMoPConfig(k=6))
     with pytest.raises(ValueError, match="gate is 'soft'"):
         GMoPConfig(gate="soft")
-    with pytest.raises(ValueError, match="has to hold {} exactly once"):
+    with pytest.raises(ValueError, match=r"has to hold \{\} exactly once"):
         GMoP(backbone, BASE, config=GMoPConfig(template="a photo"))
     with pytest.raises(ValueError, match="is 4 tokens, n_ctx is 3"):
         PromptLearner(backbone, 3, init="a photo of a")

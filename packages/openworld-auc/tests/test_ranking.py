@@ -39,7 +39,7 @@ def test_weights_are_those_of_the_double_sum(tools) -> None:
 @pytest.mark.smoke
 def test_limiting_cases() -> None:
     is_base = torch.tensor([True] * 4 + [False] * 5)
-    correct = torch.tensor([True, True, True, False] + [True, False, True, True, False])
+    correct = torch.tensor([True, True, True, False, True, False, True, True, False])
     base, new = 3 / 4, 3 / 5
     high_first = torch.arange(9.0, 0.0, -1)
     assert float(openworld_auc(high_first, correct, is_base)) == pytest.approx(base * new)
@@ -109,10 +109,12 @@ def test_the_curve_has_the_area(tools, seed, levels) -> None:
     x, y, t = openworld_curve(*case)
     scores, correct, is_base = case
     assert abs(float(torch.trapezoid(y, x) - openworld_auc(*case))) < 1e-12
-    assert bool((x.diff() >= -1e-15).all()) and bool((y.diff() >= -1e-15).all())
+    assert bool((x.diff() >= -1e-15).all())
+    assert bool((y.diff() >= -1e-15).all())
     assert len(t) == len(scores.unique()) + 1
     base, new = correct[is_base].double().mean(), correct[~is_base].double().mean()
-    assert x[0] == 1 - base and y[0] == 0 and x[-1] == pytest.approx(1) and y[-1] == new
+    assert (float(x[0]), float(y[0])) == (float(1 - base), 0.0)
+    assert (float(x[-1]), float(y[-1])) == pytest.approx((1, float(new)))
     some = len(t) // 2
     missed = 1 - (correct & (scores > t[some]))[is_base].double().mean()
     assert x[some] == pytest.approx(float(missed))

@@ -16,7 +16,7 @@ def test_companions_are_their_definitions(tools) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     for seed in range(30):
         case = tools.case(seed, levels=7)
-        scores, correct, is_base = case
+        scores, _, is_base = case
         s, c, u, d = tools.split(*case)
         found = report(case)
         ones = torch.ones_like
@@ -103,7 +103,7 @@ def test_forms_of_the_report(tools) -> None:
 @pytest.mark.usefixtures("without_type_checks")
 def test_bad_input(tools) -> None:
     case = tools.case(0)
-    with pytest.raises(ValueError, match="prior is 1.5"):
+    with pytest.raises(ValueError, match=r"prior is 1\.5"):
         report(case, threshold=0.0, prior=1.5)
     with pytest.raises(ValueError, match="needs a threshold"):
         report(case, prior=0.5)

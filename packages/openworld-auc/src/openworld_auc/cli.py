@@ -210,7 +210,8 @@ def compare(
     text = (
         f"{a.name}: {100 * found.value_a:.2f} %, {b.name}: {100 * found.value_b:.2f} %\n"
         f"difference {100 * found.difference:+.2f} points "
-        f"(95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}), p = {found.p_value:.2g}"
+        f"(95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}), "
+        f"p = {found.p_value:.2g}"
     )
     show_result(found._asdict(), text, as_json=as_json)
 

@@ -158,15 +158,17 @@ class Task(NamedTuple):
             data = splits[name]
             images = pixels(np.stack(list(data.images)), settings.severity, 10 * seed + number)
             with torch.no_grad():
-                chunks = [backbone.encode_image(x.to(backbone.device)) for x in images.split(256)]
+                chunks = [backbone.encode_image(x.to(backbone.device)) for x in torch.split(images, 256)]
             parts.append((torch.cat(chunks).cpu(), torch.tensor(data.targets)))
-        return cls(*parts, list(splits["base"].class_names), list(splits["new"].class_names))
+        train, base, new = parts
+        names = (list(splits[part].class_names) for part in ("base", "new"))
+        return cls(train, base, new, *names)
 
 
 def methods(settings: DemoSettings, seed: int) -> dict[str, GMoPConfig]:
     """What is compared, by name: the paper's comparison, then GMoP with one thing changed."""
-    shared = {"template": TEMPLATE, "seed": seed}
-    gmop = GMoPConfig(n_ctx_detector=settings.n_ctx_detector, **shared)  # type: ignore[arg-type]
+    shared: dict[str, Any] = {"template": TEMPLATE, "seed": seed}
+    gmop = GMoPConfig(n_ctx_detector=settings.n_ctx_detector, **shared)
     return {
         "zero-shot": replace(METHODS["zeroshot"].model, **shared),
         "CoOp": replace(METHODS["coop"].model, **shared),
@@ -206,7 +208,8 @@ def run_seed(
         on_method: Called with the name of each finished method.
     """
     task = Task.draw(backbone, settings, seed)
-    evaluations, history = {}, []
+    evaluations: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    history: list[dict[str, float]] = []
     recipe = TrainConfig(lr=settings.lr, epochs=settings.epochs, seed=seed)
     tuned: dict[GMoPConfig, GMoP] = {}
     for name, config in methods(settings, seed).items():

@@ -1,8 +1,8 @@
 """GMoP, gated mixture of prompts: a prompt for each role in open-world classification.
 
 A tuned prompt g classifies base classes, K tuned prompts r_k detect what is base, and a
-hand-written prompt h classifies new classes. CoOp (one tuned prompt in all roles) and zero-shot CLIP are other
-settings of the same model, so that they compare fairly.
+hand-written prompt h classifies new classes. CoOp (one tuned prompt in all roles) and zero-shot
+CLIP are other settings of the same model, so that they compare fairly.
 """
 
 import json
@@ -373,7 +373,7 @@ class GMoP(nn.Module):
 
     def detect(self, features: Float[Tensor, "b D"]) -> Float[Tensor, " b"]:
         """Detector scores r of image features; larger means more base-like."""
-        return self(features=features).base_score
+        return cast(Tensor, self(features=features).base_score)
 
     def predict(self, images: Float[Tensor, "b 3 h w"], threshold: float) -> list[str]:
         """Class names by two stages: base classes where r > threshold, new ones elsewhere.

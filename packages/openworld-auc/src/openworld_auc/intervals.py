@@ -203,7 +203,11 @@ def _clusters(cluster: Tensor, is_base: Tensor) -> tuple[Tensor, Tensor]:
         )
     base = is_base.bool().cpu()
     sides = cluster.cpu()[base], cluster.cpu()[~base]
-    return sides[0].unique(return_inverse=True)[1], sides[1].unique(return_inverse=True)[1]
+    first, second = (
+        torch.unique(side, return_inverse=True)[1]  # type: ignore[no-untyped-call]
+        for side in sides
+    )
+    return first, second
 
 
 def _bootstrap(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openworld_auc._checks import check_samples
+from openworld_auc._checks import Samples, check_samples
 from openworld_auc.ranking import area, openworld_curve
 from openworld_auc.report import overall_accuracy
 from shared_core.plots import COLORS, new_figure, style
@@ -78,7 +78,7 @@ def ratio_figure(
     """
     samples = check_samples(*case)
     g = torch.Generator().manual_seed(seed)
-    s, c, u, d, half = (p.cpu() if isinstance(p, Tensor) else p for p in samples)
+    s, c, u, d = (part.cpu() for part in samples[:4])
     means, lows, highs = [], [], []
     for ratio in ratios:
         n_base = min(len(s), max(1, round(len(u) * ratio)))
@@ -87,7 +87,7 @@ def ratio_figure(
         for _ in range(draws):
             i = torch.randperm(len(s), generator=g)[:n_base]
             j = torch.randperm(len(u), generator=g)[:n_new]
-            found.append(float(area(type(samples)(s[i], c[i], u[j], d[j], half))))
+            found.append(float(area(Samples(s[i], c[i], u[j], d[j]))))
         low, mean, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.5, 0.975])).tolist()
         means.append(mean)
         lows.append(mean - low)

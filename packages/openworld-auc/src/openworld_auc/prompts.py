@@ -149,7 +149,7 @@ def encode_prompts(
                 for e, r in zip(embeds.split(chunk), ends.split(chunk), strict=True)
             ]
         )
-    return list(features.split([len(names) for _, names in prompts]))
+    return list(torch.split(features, [len(names) for _, names in prompts]))
 
 
 @torch.no_grad()

@@ -123,7 +123,8 @@ def openworld_curve(
 
     Returns:
         ``(miss_rate_base, hit_rate_new, thresholds)``, float64, ascending: a point for the
-        threshold minus infinity and one for each distinct score. The trapezoidal area is `openworld_auc`.
+        threshold minus infinity and one for each distinct score. The trapezoidal area is
+        `openworld_auc`.
 
     Raises:
         InputError: As `openworld_auc`.
@@ -137,7 +138,7 @@ def openworld_curve(
         tensor(0.5000, dtype=torch.float64)
     """
     s, c, u, d, _ = check_samples(scores, correct, is_base)
-    thresholds = torch.cat([s, u]).unique()
+    thresholds = torch.unique(torch.cat([s, u]))  # type: ignore[no-untyped-call]
     lowest = thresholds.new_full((1,), -torch.inf)
     miss = 1 - c.double().mean() + _mass_up_to(thresholds, s, c) / len(s)
     hit = _mass_up_to(thresholds, u, d) / len(u)

@@ -36,8 +36,8 @@ def read_scores(path: str | Path) -> ScoresFile:
     r"""Read scores, correctness and domain of test samples.
 
     Columns (npz: arrays) are ``score``, larger meaning more base-like; ``is_base`` (0/1,
-    true/false) or ``domain`` (base/new); and ``correct``, or ``pred`` and ``target`` within the sample's own
-    domain.
+    true/false) or ``domain`` (base/new); and ``correct``, or ``pred`` and
+    ``target`` within the sample's own domain.
 
     Args:
         path: A ``.csv``, ``.tsv``, ``.parquet`` or ``.npz`` file.
@@ -125,7 +125,7 @@ def _truth(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     unknown = ~(true | false)
     if unknown.any():
         raise InputError(
-            f"column {name!r} of {path} holds {words[unknown][0]!r}; accepted: 1/0, true/false, "
+            f"column {name!r} of {path} holds {str(words[unknown][0])!r}; accepted: 1/0, true/false, "
             "base/new"
         )
     return np.asarray(true)

@@ -187,7 +187,7 @@ class GMoPTrainer:
             model.train()
             order = torch.randperm(len(labels), generator=generator).to(device)
             sums: dict[str, Tensor] = {}
-            for chosen in order.split(config.batch_size):
+            for chosen in torch.split(order, config.batch_size):
                 parts = model.loss(features[chosen], labels[chosen])
                 optimizer.zero_grad()
                 parts["total"].backward()  # type: ignore[no-untyped-call]
