@@ -140,7 +140,7 @@ class OpenClipBackbone(_Backbone):
         """Position at which each sequence is read."""
         if self.pool == "argmax":
             return ids.argmax(1)
-        return torch.eq(ids, self.end_id).int().argmax(1)
+        return torch.eq(ids, cast(int, self.end_id)).int().argmax(1)
 
     def embed_tokens(self, ids: Int[Tensor, "t length"]) -> Float[Tensor, "t length W"]:
         """Token embeddings, without positions."""
@@ -202,7 +202,7 @@ class HFBackbone(_Backbone):
         """Position at which each sequence is read."""
         if self.end_id == 2:  # old configurations carry a wrong id; the end has the largest
             return ids.argmax(1)
-        return torch.eq(ids, self.end_id).int().argmax(1)
+        return torch.eq(ids, cast(int, self.end_id)).int().argmax(1)
 
     def embed_tokens(self, ids: Int[Tensor, "t length"]) -> Float[Tensor, "t length W"]:
         """Token embeddings, without positions."""

@@ -35,7 +35,7 @@ MINI_CLIP: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of part B, chosen on seeds 100 to 102.
+    """Settings of part B, from a prototype with other images; none was chosen on the seeds shown.
 
     Attributes:
         pretraining_images: Captioned images that the small CLIP learns from.
@@ -158,7 +158,9 @@ class Task(NamedTuple):
             data = splits[name]
             images = pixels(np.stack(list(data.images)), settings.severity, 10 * seed + number)
             with torch.no_grad():
-                chunks = [backbone.encode_image(x.to(backbone.device)) for x in torch.split(images, 256)]
+                chunks = [
+                    backbone.encode_image(x.to(backbone.device)) for x in torch.split(images, 256)
+                ]
             parts.append((torch.cat(chunks).cpu(), torch.tensor(data.targets)))
         train, base, new = parts
         names = (list(splits[part].class_names) for part in ("base", "new"))

@@ -203,10 +203,7 @@ def _clusters(cluster: Tensor, is_base: Tensor) -> tuple[Tensor, Tensor]:
         )
     base = is_base.bool().cpu()
     sides = cluster.cpu()[base], cluster.cpu()[~base]
-    first, second = (
-        torch.unique(side, return_inverse=True)[1]  # type: ignore[no-untyped-call]
-        for side in sides
-    )
+    first, second = (torch.unique(side, return_inverse=True)[1] for side in sides)
     return first, second
 
 

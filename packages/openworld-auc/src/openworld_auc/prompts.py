@@ -149,7 +149,7 @@ def encode_prompts(
                 for e, r in zip(embeds.split(chunk), ends.split(chunk), strict=True)
             ]
         )
-    return list(torch.split(features, [len(names) for _, names in prompts]))
+    return list(torch.split(features, [len(names) for _, names in prompts]))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

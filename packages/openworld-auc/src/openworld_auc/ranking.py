@@ -138,7 +138,7 @@ def openworld_curve(
         tensor(0.5000, dtype=torch.float64)
     """
     s, c, u, d, _ = check_samples(scores, correct, is_base)
-    thresholds = torch.unique(torch.cat([s, u]))  # type: ignore[no-untyped-call]
+    thresholds = torch.unique(torch.cat([s, u]))
     lowest = thresholds.new_full((1,), -torch.inf)
     miss = 1 - c.double().mean() + _mass_up_to(thresholds, s, c) / len(s)
     hit = _mass_up_to(thresholds, u, d) / len(u)

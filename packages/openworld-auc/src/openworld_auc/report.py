@@ -150,7 +150,7 @@ def fit_threshold(
     if rule == "tpr95":
         kept = s[(len(s) * 5) // 100]  # the largest t with mean(s >= t) >= 0.95
         return float(torch.nextafter(kept, kept.new_tensor(-torch.inf)))
-    candidates = torch.unique(torch.cat([s, u]))  # type: ignore[no-untyped-call]
+    candidates = torch.unique(torch.cat([s, u]))
     above_s = 1 - torch.searchsorted(s, candidates, right=True) / len(s)
     above_u = 1 - torch.searchsorted(u, candidates, right=True) / len(u)
     return float(candidates[(above_s - above_u).argmax()])

@@ -125,8 +125,8 @@ def _truth(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     unknown = ~(true | false)
     if unknown.any():
         raise InputError(
-            f"column {name!r} of {path} holds {str(words[unknown][0])!r}; accepted: 1/0, true/false, "
-            "base/new"
+            f"column {name!r} of {path} holds {str(words[unknown][0])!r}; accepted: 1/0, "
+            "true/false, base/new"
         )
     return np.asarray(true)
 
