@@ -146,10 +146,10 @@ def encode_prompts(
         features = torch.cat(
             [
                 checkpoint(encode, e, r, use_reentrant=False)
-                for e, r in zip(embeds.split(chunk), ends.split(chunk), strict=True)
+                for e, r in zip(torch.split(embeds, chunk), torch.split(ends, chunk), strict=True)
             ]
         )
-    return list(torch.split(features, [len(names) for _, names in prompts]))  # type: ignore[no-untyped-call]
+    return list(torch.split(features, [len(names) for _, names in prompts]))
 
 
 @torch.no_grad()
