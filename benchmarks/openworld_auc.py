@@ -260,7 +260,9 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=50)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--note", default="", help="anything to know about the machine")
+    parser.add_argument("--parts", default="metric,bootstrap,training_step")
     parser.add_argument("--cifar", action="store_true")
     parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
@@ -273,11 +275,14 @@ def main() -> None:
         found = {"cifar": cifar(Path(folder), arguments.steps, 3, device)}
         name = f"openworld_auc-cifar-{tag}.json"
     else:
-        found = {
-            "metric": [metric(n, arguments.repeats, device) for n in (10_000, 1_000_000)],
-            "bootstrap": bootstrap(100_000, 1000),
-            "training_step": steps(arguments.model, arguments.classes, arguments.batch, 2, device),
+        parts: dict[str, Any] = {
+            "metric": lambda: [metric(n, arguments.repeats, device) for n in (10_000, 1_000_000)],
+            "bootstrap": lambda: bootstrap(100_000, arguments.draws),
+            "training_step": lambda: steps(
+                arguments.model, arguments.classes, arguments.batch, 2, device
+            ),
         }
+        found = {part: parts[part]() for part in arguments.parts.split(",")}
         name = f"openworld_auc-{tag}.json"
     found["environment"] = environment("openworld-auc", "open_clip_torch", "torchmetrics")
     found["note"] = arguments.note
