@@ -41,6 +41,7 @@ def test_predictions_in_place_of_correctness() -> None:
         assert metric.compute() == 0.5
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 def test_collections_resets_and_copies(tools) -> None:
     case = tools.case(2)
     metrics = MetricCollection([OpenworldAUC(), OpenworldMetrics()])

@@ -48,7 +48,7 @@ def read_scores(path: str | Path) -> ScoresFile:
 
     Example:
         >>> path = getfixture("tmp_path") / "scores.csv"
-        >>> _ = path.write_text("score,correct,domain\n0.9,1,base\\n0.1,1,new\\n")
+        >>> _ = path.write_text("score,correct,domain\n0.9,1,base\n0.1,1,new\n")
         >>> read_scores(path).is_base
         tensor([ True, False])
     """
