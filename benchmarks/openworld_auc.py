@@ -1,0 +1,293 @@
+"""OpenworldAUC and GMoP's step beside their peers.
+
+Run with ``nox -s bench -- openworld-auc``. Peers:
+
+- the metric by scikit-learn's ROC curve on Python lists, as the published code computes it: wrong
+  samples are moved beyond the other side's scores, then ``roc_curve`` and trapezoids;
+- torchmetrics' ``BinaryAUROC``, which ranks without correctness;
+- GMoP's training step restated plainly: each prompt encoded on its own at the full context length,
+  zero-shot prompts and both image passes anew in each step. The image tower is the same.
+
+``--cifar`` tunes prompts of a small CLIP on the CIFAR-10 images that ``TENFOLD_DATA`` names: six
+base classes, four held out. With ``--steps`` it takes as long as there is time for.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openworld_auc import GMoP, GMoPConfig, GMoPTrainer, openworld_auc, openworld_auc_ci
+from openworld_auc.backbone import OpenClipBackbone
+from openworld_auc.presets import METHODS
+from openworld_auc.train import TrainConfig, evaluation
+from shared_core.contrastive import WordTokenizer, train_contrastive
+from shared_core.device import environment, measure_time, peak_memory, select_device
+from shared_core.run import write_json
+
+
+def by_roc_curve(s: list[float], c: list[bool], u: list[float], d: list[bool]) -> float:
+    """The area from a ROC curve over edited scores, in lists and float64."""
+    from sklearn.metrics import auc, roc_curve
+
+    low, high = min(*s, *u) - 1, max(*s, *u) + 1
+    base = [x if right else low for x, right in zip(s, c, strict=True)]
+    new = [x if right else high for x, right in zip(u, d, strict=True)]
+    x, y, _ = roc_curve([1] * len(base) + [0] * len(new), base + new, drop_intermediate=False)
+    return float(auc(x, y))
+
+
+def metric(total: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Time the area of `total` samples, half base and half new."""
+    from torchmetrics.functional.classification import binary_auroc
+
+    g = torch.Generator().manual_seed(0)
+    is_base = torch.arange(total) % 2 == 0
+    scores = torch.rand(total, generator=g, dtype=torch.float64) * 0.5 + 0.25 * is_base
+    correct = torch.rand(total, generator=g) < 0.75
+    scores, correct, is_base = (x.to(device) for x in (scores, correct, is_base))
+
+    def roc() -> float:
+        sides = [(scores[m].tolist(), correct[m].tolist()) for m in (is_base, ~is_base)]
+        return by_roc_curve(*sides[0], *sides[1])
+
+    ours = float(openworld_auc(scores, correct, is_base))
+    labels = is_base.long()
+    timings = measure_time(
+        lambda: openworld_auc(scores, correct, is_base),
+        roc,
+        lambda: binary_auroc(scores, labels, validate_args=False),
+        device=device,
+        repeats=repeats,
+        warmup=1,
+    )
+    with peak_memory(device) as peak:
+        openworld_auc(scores, correct, is_base)
+    given = scores.numel() * (scores.element_size() + 2)
+    names = ("openworld_auc", "roc_curve_on_lists", "torchmetrics_auroc")
+    return {
+        "samples": total,
+        "difference_from_roc_curve": abs(ours - roc()),
+        "median_seconds": {n: t.median for n, t in zip(names, timings, strict=True)},
+        "quartiles": {n: t.interval for n, t in zip(names, timings, strict=True)},
+        "times_faster_than_roc_curve": timings[1].median / timings[0].median,
+        "peak_memory_over_input": None if peak.bytes is None else peak.bytes / given,
+    }
+
+
+def bootstrap(total: int, draws: int) -> dict[str, Any]:
+    """Time a bootstrap interval."""
+    g = torch.Generator().manual_seed(0)
+    is_base = torch.arange(total) % 2 == 0
+    scores = torch.rand(total, generator=g, dtype=torch.float64)
+    correct = torch.rand(total, generator=g) < 0.75
+    [timing] = measure_time(
+        lambda: openworld_auc_ci(scores, correct, is_base, method="bootstrap", n_boot=draws),
+        repeats=1,
+        warmup=0,
+    )
+    return {"samples": total, "draws": draws, "seconds": timing.median}
+
+
+def random_clip(name: str, device: torch.device) -> OpenClipBackbone:
+    """An open_clip model with random weights."""
+    import open_clip
+
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, pretrained=None)
+    return OpenClipBackbone(model.to(device), open_clip.get_tokenizer(name))
+
+
+def plain_step(model: GMoP, images: Tensor, targets: Tensor, length: int) -> Tensor:
+    """The objective with each prompt encoded alone at full length, and images encoded twice."""
+    backbone = model.backbone
+    with torch.no_grad():
+        for _ in range(2):
+            f = backbone.encode_image(images)
+        ids = backbone.tokenize([model.config.template.format(n) for n in model.base_classes])
+        zero_shot = backbone.encode_prompt_embeds(backbone.embed_tokens(ids), ids.argmax(1))
+
+    def text(learner: Any, names: list[str]) -> Tensor:
+        embeds, ends = learner(backbone, names)
+        embeds = F.pad(embeds, (0, 0, 0, length - embeds.shape[1]))
+        return backbone.encode_prompt_embeds(embeds, ends)
+
+    logits = backbone.scale * f @ text(model.classifier, model.base_classes).T
+    own = targets[:, None]
+    gate_base = logits.detach().softmax(1).gather(1, own)[:, 0].sigmoid()
+    gate_new = (backbone.scale * f @ zero_shot.T).softmax(1).gather(1, own)[:, 0].sigmoid()
+    warm = auc = 0.0
+    for learner, part in zip(model.detectors, model.partition, strict=True):
+        names = [model.base_classes[c] for c in part.pseudo_base]
+        found = backbone.scale * f @ text(learner, names).T
+        where = torch.tensor([list(part.pseudo_base).index(t) if t in part.pseudo_base else -1
+                              for t in targets.tolist()], device=targets.device)  # fmt: skip
+        is_base = where >= 0
+        if is_base.all() or not is_base.any():
+            continue
+        warm = warm + F.cross_entropy(found[is_base], where[is_base])
+        r = found.softmax(1).amax(1)
+        pair = (1 - r[is_base][:, None] + r[~is_base]) ** 2
+        auc = auc + (gate_base[is_base][:, None] * gate_new[~is_base] * pair).mean()
+    k = len(model.partition)
+    return (
+        F.cross_entropy(logits, targets)
+        + model.config.alpha * warm / k
+        + model.config.lam * auc / k
+    )
+
+
+def steps(
+    name: str, classes: int, batch: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """Time a training step (forward and backward) of ours and of the plain restatement."""
+    backbone = random_clip(name, device)
+    model = GMoP(backbone, [f"class number {i}" for i in range(classes)], config=GMoPConfig())
+    size = backbone.model.visual.image_size
+    side = size[0] if isinstance(size, tuple) else size
+    g = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, side, side, generator=g).to(device)
+    targets = torch.randint(classes, (batch,), generator=g).to(device)
+    features = model.encode_image(images)
+
+    def ours() -> Tensor:
+        loss = model.loss(features, targets)["total"]
+        loss.backward()
+        return loss
+
+    def plain() -> Tensor:
+        loss = plain_step(model, images, targets, backbone.context_length)
+        loss.backward()
+        return loss
+
+    difference = abs(float(ours().detach()) - float(plain().detach()))
+    timings = measure_time(ours, plain, device=device, repeats=repeats, warmup=0)
+    memory = []
+    for call in (ours, plain):
+        with peak_memory(device) as peak:
+            call()
+        memory.append(peak.bytes)
+    return {
+        "model": name,
+        "classes": classes,
+        "batch": batch,
+        "repeats": repeats,
+        "difference_of_losses": difference,
+        "median_seconds": {"ours": timings[0].median, "plain": timings[1].median},
+        "times_faster": timings[1].median / timings[0].median,
+        "peak_bytes": {"ours": memory[0], "plain": memory[1]},
+    }
+
+
+def cifar(folder: Path, training_steps: int, seeds: int, device: torch.device) -> dict[str, Any]:
+    """Six base classes, four held out: a small CLIP, then zero-shot, CoOp and GMoP."""
+    from open_clip.model import CLIP
+
+    from openworld_auc.demo import MINI_CLIP, summarize
+    from openworld_auc.demo import SeedResult as Result
+    from shared_core.data.loading import load_images
+
+    train = load_images(folder / "cifar10-train.parquet")
+    test = load_images(folder / "cifar10-test.parquet")
+    names = train.class_names
+
+    def tensor(data: Any, chosen: list[int]) -> Tensor:
+        stacked = np.stack([np.asarray(data[i][0]) for i in chosen])
+        return 4 * (torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255 - 0.5)
+
+    captions = [f"a photo of a {names[y]}." for y in train.targets]
+    tokenizer = WordTokenizer.from_texts(captions, context_length=24)
+    torch.manual_seed(0)
+    text = {**MINI_CLIP["text_cfg"], "vocab_size": tokenizer.vocab_size}
+    model = CLIP(**{**MINI_CLIP, "text_cfg": text})
+    everything = list(range(len(train)))
+    train_contrastive(
+        model, tensor(train, everything), captions, tokenizer=tokenizer, steps=training_steps,
+        device=device,
+    )  # fmt: skip
+    backbone = OpenClipBackbone(model, tokenizer)
+
+    def features(data: Any, chosen: list[int], first: int = 0) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            parts = [
+                backbone.encode_image(x.to(device)).cpu()
+                for x in torch.split(tensor(data, chosen), 256)
+            ]
+        return torch.cat(parts), torch.tensor([data.targets[i] - first for i in chosen])
+
+    base = features(test, [i for i, y in enumerate(test.targets) if y < 6])
+    new = features(test, [i for i, y in enumerate(test.targets) if y >= 6], 6)
+    results = []
+    for seed in range(seeds):
+        g = torch.Generator().manual_seed(seed)
+        shots = []
+        for label in range(6):
+            own = torch.tensor([i for i, y in enumerate(train.targets) if y == label])
+            shots += own[torch.randperm(len(own), generator=g)[:16]].tolist()
+        few = features(train, shots)
+        found = {}
+        gmop = GMoPConfig(n_ctx_detector=4, seed=seed)
+        coop = METHODS["coop"].model
+        for name, config in (
+            ("zero-shot", METHODS["zeroshot"].model),
+            ("CoOp", coop),
+            ("GMoP", gmop),
+        ):
+            tuned = GMoP(backbone, names[:6], config=config).set_classes(names[6:])
+            if config.base_prompt == "tuned":
+                recipe = TrainConfig(lr=0.1, epochs=30, seed=seed)
+                GMoPTrainer(tuned, few, config=recipe).fit()
+            found[name] = evaluation(tuned, base, new)
+        results.append(Result(found, []))
+    return {
+        "data": "CIFAR-10 subset (JPEG), all ten classes named in pretraining",
+        "pretraining_steps": training_steps,
+        "seeds": seeds,
+        "methods": summarize(results),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="ViT-B-16", help="for the training step")
+    parser.add_argument("--classes", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--note", default="", help="anything to know about the machine")
+    parser.add_argument("--parts", default="metric,bootstrap,training_step")
+    parser.add_argument("--cifar", action="store_true")
+    parser.add_argument("--steps", type=int, default=600)
+    arguments = parser.parse_args()
+    device = select_device(arguments.device)
+    tag = device.type
+    if arguments.cifar:
+        folder = os.environ.get("TENFOLD_DATA")
+        if not folder:
+            raise SystemExit("set TENFOLD_DATA to the folder that holds cifar10-train.parquet")
+        found = {"cifar": cifar(Path(folder), arguments.steps, 3, device)}
+        name = f"openworld_auc-cifar-{tag}.json"
+    else:
+        parts: dict[str, Any] = {
+            "metric": lambda: [metric(n, arguments.repeats, device) for n in (10_000, 1_000_000)],
+            "bootstrap": lambda: bootstrap(100_000, arguments.draws),
+            "training_step": lambda: steps(
+                arguments.model, arguments.classes, arguments.batch, 2, device
+            ),
+        }
+        found = {part: parts[part]() for part in arguments.parts.split(",")}
+        name = f"openworld_auc-{tag}.json"
+    found["environment"] = environment("openworld-auc", "open_clip_torch", "torchmetrics")
+    found["note"] = arguments.note
+    write_json(arguments.out / name, found)
+
+
+if __name__ == "__main__":
+    main()

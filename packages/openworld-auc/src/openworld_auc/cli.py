@@ -1,0 +1,509 @@
+"""The command line: parses, calls, prints."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shared_core.cli import (
+    Device,
+    Json,
+    Out,
+    Plots,
+    Quick,
+    Resume,
+    Seed,
+    command,
+    format_table,
+    new_app,
+    run_app,
+    say,
+    show_result,
+)
+from shared_core.errors import InputError
+
+__all__ = ["app", "main"]
+
+app = new_app(
+    "openworld-auc",
+    "OpenworldAUC, one threshold-free number for classifiers that meet known and new classes, and "
+    "GMoP, prompt tuning for it (Hua et al., ICML 2025). Begin with: openworld-auc demo, or "
+    "openworld-auc score FILE for the scores of any model.",
+)
+
+Ci = Annotated[str, typer.Option("--ci", help="Interval: placement or bootstrap.")]
+Threshold = Annotated[
+    str | None,
+    typer.Option(
+        "--threshold", help="For overall accuracy: a number, or youden, tpr95, otsu or median."
+    ),
+]
+ScoresArgument = Annotated[
+    Path, typer.Argument(help="csv, tsv, parquet or npz: score, correct, is_base.")
+]
+Data = Annotated[str, typer.Option("--data", help="Image folder, parquet file or hub id.")]
+TestData = Annotated[
+    str | None, typer.Option("--test-data", help="Test images, if they are elsewhere.")
+]
+TestSplit = Annotated[str, typer.Option("--test-split", help="Split to test on.")]
+SplitFile = Annotated[
+    Path | None,
+    typer.Option("--split-file", help="A split_zhou_*.json; --data is its folder of images."),
+]
+Cache = Annotated[
+    Path | None, typer.Option("--features-cache", help="Folder that keeps image features.")
+]
+
+
+@command(app)
+def demo(
+    seeds: Annotated[int, typer.Option("--seeds", help="Number of seeds.", min=1)] = 3,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+    quick: Quick = False,
+    plots: Plots = True,
+) -> None:
+    """Show what the metric sees, then tune prompts of a small CLIP that is trained on the spot.
+
+    Nothing is downloaded. Two minutes at most; --quick takes two seeds and less training.
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from openworld_auc import demo as the_demo
+    from openworld_auc import plots as pictures
+    from openworld_auc.report import fit_threshold
+    from shared_core.device import select_device
+    from shared_core.run import RunFolder, progress
+
+    chosen = select_device(device)
+    settings = the_demo.QUICK if quick else the_demo.DemoSettings()
+    count = min(seeds, 2) if quick else seeds
+    run = RunFolder(out or Path("runs/openworld-auc/demo"))
+    run.write_config(
+        "openworld-auc demo",
+        {"seed": seed, "seeds": count, "device": str(chosen), **asdict(settings)},
+        distributions=["openworld-auc", "open_clip_torch"],
+    )
+    started = time.perf_counter()
+    properties, interval = the_demo.metric_properties(seed)
+    say("the metric on synthetic scores, in percent:\n" + format_table(properties))
+    # The network is small: a second thread would only get in the way.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results = []
+    try:
+        say("training a small CLIP on captioned shapes")
+        backbone = the_demo.pretrain(settings, seed=seed, device=chosen)
+        total = count * len(the_demo.methods(settings, seed))
+        with progress(total=total, description="tuning prompts", unit="method") as bar:
+            for one in range(seed, seed + count):
+                result = the_demo.run_seed(backbone, settings, one, lambda _: bar.update())
+                results.append(result)
+    finally:
+        torch.set_num_threads(threads)
+    summary = the_demo.summarize(results)
+    rows, message = the_demo.table(summary), the_demo.tell(summary, count)
+    names = []
+    if plots:
+        say("drawing")
+        case = results[0].evaluations["GMoP"]
+        compared = ("zero-shot", "CoOp", "GMoP")
+        threshold = fit_threshold(case[0], case[2], rule="tpr95")
+        figures = {
+            "curves": pictures.curve_figure({n: results[0].evaluations[n] for n in compared}),
+            "scores": pictures.histogram_figure(case),
+            "ratios": pictures.ratio_figure(case, threshold, [0.1, 0.25, 0.5, 1, 2, 4, 10]),
+            "training": pictures.training_figure(results[0].history),
+        }
+        names = [run.save_figure(name, figure).name for name, figure in figures.items()]
+    metrics = {
+        "properties": properties,
+        "properties_interval": interval._asdict(),
+        "methods": summary,
+        "seeds": list(range(seed, seed + count)),
+        "summary": {
+            "message": message,
+            "rows": rows,
+            "picture": "curves.png" if plots else None,
+        },
+    }
+    run.write_metrics(metrics, timing={"seconds": time.perf_counter() - started})
+    text = f"{format_table(rows)}\n\n{message}\n\n{run.path}: metrics.json"
+    show_result(metrics, ", ".join([text, *names]), as_json=as_json)
+
+
+@command(app)
+def score(
+    file: ScoresArgument,
+    threshold: Threshold = None,
+    prior: Annotated[
+        float | None, typer.Option("--prior", help="Fraction of base samples, for the accuracy.")
+    ] = None,
+    ci: Ci = "placement",
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="Bootstrap whole classes (column target).")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+    plots: Plots = True,
+) -> None:
+    """Measure any model from a file of its scores; no CLIP is involved.
+
+    Columns: score (larger = more base-like), is_base (or domain: base/new), and correct within
+    the sample's own domain (or pred and target).
+
+    Example: openworld-auc score scores.csv --threshold 0.5
+    """
+    from openworld_auc import plots as pictures
+    from openworld_auc.report import openworld_report
+    from openworld_auc.scores_file import read_scores
+    from shared_core.run import RunFolder
+
+    if by_class:
+        ci = "bootstrap"
+    given = read_scores(file)
+    if by_class and given.target is None:
+        raise InputError(f"--by-class needs the column 'target', which {file} lacks")
+    case = given[:3]
+    found = openworld_report(
+        *case,
+        threshold=_threshold(threshold),
+        prior=prior,
+        ci=ci,  # type: ignore[arg-type]
+        classes=given.target if by_class else None,
+    )
+    run = RunFolder(out or Path("runs/openworld-auc/score") / file.stem)
+    run.write_config("openworld-auc score", {"file": str(file), "ci": ci, "threshold": threshold})
+    if plots:
+        run.save_figure("curve", pictures.curve_figure({file.stem: case}))
+        run.save_figure("scores", pictures.histogram_figure(case))
+    run.write_metrics(found.to_dict())
+    show_result(found.to_dict(), f"{found.table()}\n\n{run.path}", as_json=as_json)
+
+
+@command(app)
+def compare(
+    a: ScoresArgument,
+    b: ScoresArgument,
+    unpaired: Annotated[
+        bool, typer.Option("--unpaired", help="The files hold different samples.")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Test whether two models differ, from their scores of the same samples in the same order."""
+    from openworld_auc.intervals import compare_openworld_auc
+    from openworld_auc.scores_file import read_scores
+    from shared_core.run import RunFolder
+
+    first, second = read_scores(a), read_scores(b)
+    found = compare_openworld_auc(first[:3], second[:3], paired=not unpaired)
+    run = RunFolder(out or Path("runs/openworld-auc/compare") / f"{a.stem}-{b.stem}")
+    run.write_config("openworld-auc compare", {"a": str(a), "b": str(b), "paired": not unpaired})
+    run.write_metrics(found._asdict())
+    text = (
+        f"{a.name}: {100 * found.value_a:.2f} %, {b.name}: {100 * found.value_b:.2f} %\n"
+        f"difference {100 * found.difference:+.2f} points "
+        f"(95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}), "
+        f"p = {found.p_value:.2g}"
+    )
+    show_result(found._asdict(), text, as_json=as_json)
+
+
+@command(app)
+def train(
+    data: Data,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A benchmark; see openworld-auc presets.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="gmop, gmop-official or coop.")] = "gmop",
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="open_clip architecture, hf-hub:ID, or hf:ID.")
+    ] = "ViT-B-16-quickgelu",
+    pretrained: Annotated[
+        str | None, typer.Option("--pretrained", help="open_clip weights: a tag or a file.")
+    ] = None,
+    test_data: TestData = None,
+    test_split: TestSplit = "test",
+    split_file: SplitFile = None,
+    base: Annotated[
+        int | None, typer.Option("--base", help="Number of base classes.  [default: half]")
+    ] = None,
+    shots: Annotated[int, typer.Option("--shots", help="Training images a base class.")] = 16,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over them.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Number of detectors.")] = None,
+    lam: Annotated[float | None, typer.Option("--lam", help="Weight of the ranking.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="Weight of the detectors' cross entropy.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="Prompt of new classes, with {}.")
+    ] = None,
+    features_cache: Cache = None,
+    resume: Resume = False,
+    out: Out = None,
+    seed: Seed = 1,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Tune prompts on a few images of the base classes, and test on base and new ones.
+
+    Example: openworld-auc train --preset oxford_pets --data pets/images
+    --split-file split_zhou_OxfordPets.json --backbone ViT-B-16-quickgelu --pretrained openai
+    """
+    from dataclasses import asdict, replace
+
+    from openworld_auc import plots as pictures
+    from openworld_auc.backbone import load_backbone
+    from openworld_auc.gmop import GMoP
+    from openworld_auc.presets import METHODS, load_preset
+    from openworld_auc.train import GMoPTrainer, extract_features
+    from shared_core.device import select_device
+    from shared_core.run import RunFolder, write_json
+
+    if preset is not None:
+        benchmark, settings = load_preset(preset, method)
+        base = benchmark.base if base is None else base
+    elif method in METHODS:
+        settings = METHODS[method]
+    else:
+        raise InputError(f"there is no method {method!r}; accepted: {', '.join(METHODS)}")
+    if settings.train is None:
+        raise InputError(
+            f"the method {method!r} trains nothing; accepted: gmop, gmop-official, coop"
+        )
+    changes = {"k": k, "lam": lam, "alpha": alpha, "template": template, "seed": seed}
+    model_config = replace(settings.model, **_given(changes))
+    recipe = replace(settings.train, **_given({"epochs": epochs, "lr": lr, "seed": seed}))
+    chosen = select_device(device)
+    run = RunFolder(out or Path(f"runs/openworld-auc/train-{preset or method}"), resume=resume)
+    clip, transform = load_backbone(backbone, pretrained, device=chosen)
+    parts = _parts(data, transform, base, shots, seed, test_data, test_split, split_file)
+    source = {
+        "backbone": backbone,
+        "pretrained": pretrained,
+        "data": data,
+        "test_data": test_data,
+        "test_split": test_split,
+        "split_file": None if split_file is None else str(split_file),
+        "base": len(parts.base_classes),
+        "shots": shots,
+        "seed": seed,
+    }
+    run.write_config(
+        "openworld-auc train",
+        {**source, "method": method, "model": asdict(model_config), "train": asdict(recipe)},
+        distributions=["openworld-auc", "open_clip_torch"],
+    )
+    write_json(run.path / "manifest.json", parts.manifest)
+    cache = features_cache or run.path / "features"
+    features = [
+        extract_features(clip, p, cache=cache) for p in (parts.train, parts.base, parts.new)
+    ]
+    model = GMoP(clip, parts.base_classes, config=model_config).set_classes(parts.new_classes)
+    started = time.perf_counter()
+    trainer = GMoPTrainer(model, features[0], config=recipe, run=run, resume=resume)
+    history = trainer.fit()
+    seconds = time.perf_counter() - started
+    model.save_pretrained(run.path)
+    run.save_figure("training", pictures.training_figure(history))
+    _test(run, {method: model}, features[1], features[2], as_json, history, seconds)
+
+
+@command(app, "eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
+    data: Annotated[str | None, typer.Option("--data", help="Where the images are now.")] = None,
+    test_data: TestData = None,
+    ratios: Annotated[
+        str, typer.Option("--ratios", help="Base to new, by commas, for the picture.")
+    ] = "0.1,0.5,1,2,10",
+    compare_to: Annotated[
+        str, typer.Option("--compare-to", help="zeroshot, or folders of other runs, by commas.")
+    ] = "zeroshot",
+    features_cache: Cache = None,
+    out: Out = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Test tuned prompts again, beside zero-shot CLIP or other runs, with paired tests."""
+    from dataclasses import replace
+
+    from openworld_auc import plots as pictures
+    from openworld_auc.backbone import load_backbone
+    from openworld_auc.gmop import GMoP
+    from openworld_auc.presets import METHODS
+    from openworld_auc.report import fit_threshold
+    from openworld_auc.train import evaluation, extract_features
+    from shared_core.device import select_device
+    from shared_core.run import RunFolder
+
+    try:
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} is not the folder of a finished training run") from error
+    sweep = _numbers(ratios)
+    clip, transform = load_backbone(
+        told["backbone"], told["pretrained"], device=select_device(device)
+    )
+    model = GMoP.from_pretrained(folder, clip)
+    parts = _parts(
+        data or told["data"],
+        transform,
+        told["base"],
+        told["shots"],
+        told["seed"],
+        test_data or told["test_data"],
+        told["test_split"],
+        told["split_file"],
+    )
+    cache = features_cache or folder / "features"
+    base, new = (extract_features(clip, p, cache=cache) for p in (parts.base, parts.new))
+    models = {folder.name: model}
+    for name in filter(None, (n.strip() for n in compare_to.split(","))):
+        if name == "zeroshot":
+            config = replace(METHODS[name].model, template=model.config.template)
+            other = GMoP(clip, parts.base_classes, config=config).set_classes(parts.new_classes)
+        else:
+            other = GMoP.from_pretrained(name, clip)
+        models[Path(name).name] = other
+    run = RunFolder(out or Path("runs/openworld-auc/eval") / folder.name)
+    run.write_config("openworld-auc eval", {"folder": str(folder), "compare_to": compare_to})
+    case = evaluation(model, base, new)
+    threshold = fit_threshold(case[0], case[2], rule="tpr95")
+    run.save_figure("ratios", pictures.ratio_figure(case, threshold, sweep))
+    _test(run, models, base, new, as_json)
+
+
+@command(app)
+def presets(as_json: Json = False) -> None:
+    """List the benchmarks of the paper, the methods and the backbones."""
+    from dataclasses import asdict
+
+    from openworld_auc.presets import BACKBONES, BENCHMARKS, METHODS
+
+    rows = [
+        {
+            "preset": b.name,
+            "classes": b.classes,
+            "base": b.base,
+            "epochs": b.epochs,
+            "alpha": b.alpha,
+            "template": b.template,
+            "prompts of": b.train_on,
+        }
+        for b in BENCHMARKS.values()
+    ]
+    summary = {
+        "benchmarks": {n: {**asdict(b), "template": b.template} for n, b in BENCHMARKS.items()},
+        "methods": {n: asdict(m) for n, m in METHODS.items()},
+        "backbones": [list(b) for b in BACKBONES],
+    }
+    backbones = ", ".join(f"{name} ({weights})" for name, weights in BACKBONES)
+    text = f"{format_table(rows)}\n\nmethods: {', '.join(METHODS)}\nbackbones: {backbones}"
+    show_result(summary, text, as_json=as_json)
+
+
+def _given(changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def _threshold(text: str | None) -> Any:
+    if text is None or text in ("youden", "tpr95", "otsu", "median"):
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(
+            f"--threshold is {text!r}; accepted: a number, youden, tpr95, otsu or median"
+        ) from error
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--ratios is {text!r}; accepted: numbers by commas") from error
+    if not all(value > 0 for value in values):
+        raise InputError(f"--ratios is {text!r}; accepted: positive numbers")
+    return values
+
+
+def _parts(data: str, transform: Any, base: Any, shots: int, seed: int, *rest: Any) -> Any:
+    from openworld_auc.data import load_openworld_data
+
+    test_data, test_split, split_file = rest
+    return load_openworld_data(
+        data,
+        transform=transform,
+        base=base,
+        shots=shots,
+        seed=seed,
+        test_source=test_data,
+        test_split=test_split,
+        split_file=split_file,
+    )
+
+
+def _test(
+    run: Any,
+    models: dict[str, Any],
+    base: Any,
+    new: Any,
+    as_json: bool,
+    history: Any = None,
+    seconds: float = 0.0,
+) -> None:
+    """Evaluate models on the same features, the first against the others, and show the result."""
+    from openworld_auc import plots as pictures
+    from openworld_auc.intervals import compare_openworld_auc
+    from openworld_auc.report import openworld_report
+    from openworld_auc.train import evaluation
+
+    cases = {name: evaluation(model, base, new) for name, model in models.items()}
+    reports = {name: openworld_report(*case, ci="placement") for name, case in cases.items()}
+    run.save_figure("curves", pictures.curve_figure(cases))
+    first, *others = cases
+    run.save_figure("scores", pictures.histogram_figure(cases[first]))
+    tests = {n: compare_openworld_auc(cases[first], cases[n])._asdict() for n in others}
+    summary = {"test": {n: r.to_dict() for n, r in reports.items()}, "against": tests}
+    run.write_metrics({**summary, "history": history}, timing={"training_seconds": seconds})
+    rows = [
+        {
+            "method": name,
+            **{
+                short: round(100 * getattr(r, key), 2)
+                for short, key in (
+                    ("base", "base_acc"),
+                    ("new", "new_acc"),
+                    ("HM", "hm"),
+                    ("AUROC", "auroc"),
+                    ("OpenworldAUC", "openworld_auc"),
+                )
+            },
+            "interval": f"{100 * (r.low or 0):.2f}-{100 * (r.high or 0):.2f}",
+            "p": f"{tests[name]['p_value']:.2g}" if name in tests else "",
+        }
+        for name, r in reports.items()
+    ]
+    show_result(summary, f"{format_table(rows)}\n\n{run.path}", as_json=as_json)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments (default: the process's).
+    """
+    return run_app(app, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

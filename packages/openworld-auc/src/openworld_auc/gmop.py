@@ -1,0 +1,460 @@
+"""GMoP, gated mixture of prompts: a prompt for each role in open-world classification.
+
+A tuned prompt g classifies base classes, K tuned prompts r_k detect what is base, and a
+hand-written prompt h classifies new classes. CoOp (one tuned prompt in all roles) and zero-shot
+CLIP are other settings of the same model, so that they compare fairly.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from openworld_auc._checks import check_choice
+from openworld_auc.backbone import as_backbone
+from openworld_auc.losses import SURROGATES, Surrogate, gated_pairwise_auc_loss
+from openworld_auc.partition import pseudo_partition
+from openworld_auc.prompts import PromptLearner, clean_names, encode_prompts, template_features
+from shared_core.errors import InputError
+from shared_core.run import atomic_path, write_json
+
+__all__ = ["GMoP", "GMoPConfig", "GMoPOutput"]
+
+
+@dataclass(frozen=True)
+class GMoPConfig:
+    """Settings of `GMoP`; the defaults are the paper's.
+
+    Attributes:
+        n_ctx: Context length of the base classifier's prompt.
+        n_ctx_detector: Context length of each detector's prompt.
+        k: Number K of detectors.
+        lam: Weight λ of the gated ranking term.
+        alpha: Weight α of the detectors' own cross entropy.
+        gate: Weight of a sample in a pair from the probability p of its true class: ``sigmoid`` is
+            σ(p), ``prob`` is p, ``hard`` is whether the class is right, ``none`` is 1.
+        detach_gate: Whether the gate passes no gradient to g. The published code lets it pass.
+        surrogate: Pair loss; see `openworld_auc.losses`.
+        margin: Of the pair loss.
+        base_prompt: ``tuned``, or ``template`` for a zero-shot base classifier.
+        new_prompt: ``template``, or ``tuned`` to use g's prompt for new classes too, as CoOp does.
+        detector: ``tuned``; ``mcm``, the largest base probability over all names; or ``sum`` of the
+            base probabilities.
+        detector_prompt: The prompt of ``mcm`` and ``sum``: ``tuned`` or ``template``.
+        detector_vocab: Names in a tuned detector's softmax when testing: ``all``, or ``pseudo``,
+            those it was trained with.
+        fuse: How K detectors become one: ``max`` or ``mean``.
+        score_space: ``probability``, or ``logodds`` of it, which does not saturate near 1.
+        partition: ``mod`` or ``random``; see `openworld_auc.pseudo_partition`.
+        official_padding: Repeat an accident of the published code; see there.
+        template: The hand-written prompt.
+        init: A phrase as the first context of g; otherwise it is random.
+        seed: Of random contexts and partitions.
+        chunk: Sequences encoded at a time, for a thousand classes and more.
+    """
+
+    n_ctx: int = 4
+    n_ctx_detector: int = 16
+    k: int = 3
+    lam: float = 1.0
+    alpha: float = 0.5
+    gate: Literal["sigmoid", "prob", "hard", "none"] = "sigmoid"
+    detach_gate: bool = True
+    surrogate: Surrogate = "square"
+    margin: float = 1.0
+    base_prompt: Literal["tuned", "template"] = "tuned"
+    new_prompt: Literal["tuned", "template"] = "template"
+    detector: Literal["tuned", "mcm", "sum"] = "tuned"
+    detector_prompt: Literal["tuned", "template"] = "tuned"
+    detector_vocab: Literal["all", "pseudo"] = "all"
+    fuse: Literal["max", "mean"] = "max"
+    score_space: Literal["probability", "logodds"] = "probability"
+    partition: Literal["mod", "random"] = "mod"
+    official_padding: bool = False
+    template: str = "a photo of a {}."
+    init: str | None = None
+    seed: int = 0
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("gate", self.gate, ("sigmoid", "prob", "hard", "none"))
+        check_choice("surrogate", self.surrogate, SURROGATES)
+        for name in ("base_prompt", "new_prompt", "detector_prompt"):
+            check_choice(name, getattr(self, name), ("tuned", "template"))
+        check_choice("detector", self.detector, ("tuned", "mcm", "sum"))
+        check_choice("detector_vocab", self.detector_vocab, ("all", "pseudo"))
+        check_choice("fuse", self.fuse, ("max", "mean"))
+        check_choice("score_space", self.score_space, ("probability", "logodds"))
+        if self.lam < 0 or self.alpha < 0:
+            raise InputError(f"lam={self.lam}, alpha={self.alpha}; both have to be at least 0")
+
+
+class GMoPOutput(NamedTuple):
+    """What `GMoP` says about images.
+
+    Attributes:
+        base_logits: Over base classes, [b, C_b].
+        new_logits: Over new classes, [b, C_n], or None without new classes.
+        base_score: Detector score r, larger means more base-like, float32, [b].
+        detector_scores: Score of each detector, [b] each; empty for ``mcm`` and ``sum``.
+    """
+
+    base_logits: Tensor
+    new_logits: Tensor | None
+    base_score: Tensor
+    detector_scores: tuple[Tensor, ...]
+
+
+class GMoP(nn.Module):
+    """Frozen CLIP with a prompt for each role; only contexts train.
+
+    Args:
+        backbone: An open_clip or Hugging Face CLIP model with `tokenizer`, or a `ClipBackbone`.
+        base_classes: Names of the base classes, in the order of their labels.
+        config: Settings.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        InputError: If names are empty or repeated, or k does not fit the number of base classes.
+
+    Source:
+        Hua et al. (ICML 2025), the GMoP section; details as in the published code.
+    """
+
+    CONFIG, WEIGHTS = "gmop.json", "contexts.safetensors"
+
+    def __init__(
+        self,
+        backbone: Any,
+        base_classes: Sequence[str],
+        *,
+        config: GMoPConfig | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = config or GMoPConfig()
+        self.backbone = as_backbone(backbone, tokenizer)
+        self.base_classes = clean_names(base_classes, "base class")
+        self.new_classes: list[str] = []
+        generator = torch.Generator().manual_seed(config.seed)
+        self.classifier = PromptLearner(
+            self.backbone, config.n_ctx, init=config.init, generator=generator
+        )
+        self.detectors = nn.ModuleList()
+        self.partition = []
+        if config.detector == "tuned":
+            self.partition = pseudo_partition(
+                len(self.base_classes),
+                config.k,
+                scheme=config.partition,
+                generator=generator,
+                official_padding=config.official_padding,
+            )
+            self.detectors.extend(
+                PromptLearner(self.backbone, config.n_ctx_detector, generator=generator)
+                for _ in range(config.k)
+            )
+        self._zero_shot = template_features(self.backbone, self.base_classes, config.template)
+        self._tested: dict[str, Any] | None = None
+
+    def train(self, mode: bool = True) -> "GMoP":
+        """Forget text features when training may change them; the backbone stays as it is."""
+        if mode:
+            self._tested = None
+        return super().train(mode)
+
+    def set_classes(self, new: Sequence[str] = (), base: Sequence[str] | None = None) -> "GMoP":
+        """Say what the new classes are called; nothing is trained for them.
+
+        Args:
+            new: Names of the new classes.
+            base: Other names of the base classes, if wanted (contexts fit any names). Tuned
+                detectors keep their parts of the list by position.
+
+        Raises:
+            InputError: If names are empty, repeated, or in both lists.
+        """
+        base = self.base_classes if base is None else clean_names(base, "base class")
+        new = clean_names(new, "new class")
+        both = sorted(set(base) & set(new))
+        if both:
+            raise InputError(f"{both[0]!r} is in both lists; a class is base or new")
+        if self.partition and len(base) != len(self.base_classes):
+            raise InputError(
+                f"there are {len(base)} base names, but the detectors part "
+                f"{len(self.base_classes)} of them; give as many"
+            )
+        if base != self.base_classes:
+            self._zero_shot = template_features(self.backbone, base, self.config.template)
+        self.base_classes, self.new_classes = base, new
+        self._tested = None
+        return self
+
+    def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b D"]:
+        """Normalised float32 features, without gradient."""
+        with torch.no_grad():
+            return cast(Tensor, self.backbone.encode_image(images))
+
+    def _logits(self, features: Tensor, texts: Tensor) -> Tensor:
+        # In float32 also under autocast: half-precision softmax maxima saturate and tie.
+        with torch.autocast(features.device.type, enabled=False):
+            return cast(Tensor, self.backbone.scale * features.float() @ texts.float().T)
+
+    def loss(
+        self, features: Float[Tensor, "b D"], targets: Int[Tensor, " b"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The objective of a batch of base-class images.
+
+        ``L = CE(g) + α/K sum_k CE_k + λ/K sum_k AUC_k``: CE_k over the pseudo-base classes of
+        detector k, AUC_k over pairs of its pseudo-base and pseudo-new samples, each gated by the
+        probability that g (pseudo-base) or zero-shot CLIP (pseudo-new) gives the true class. A
+        detector without a pair in the batch adds nothing, and the sum is still divided by K.
+
+        Args:
+            features: Normalised image features.
+            targets: Labels among the base classes.
+
+        Returns:
+            ``total``, and its parts before weighting ``ce``, ``warm`` and ``auc``.
+
+        Raises:
+            InputError: If a label is out of range or the shapes do not fit.
+        """
+        config = self.config
+        if targets.shape != features.shape[:1]:
+            raise InputError(f"there are {len(features)} features, but {len(targets)} labels")
+        count = len(self.base_classes)
+        if len(targets) and targets.device.type == "cpu":
+            low, high = int(targets.min()), int(targets.max())
+            if low < 0 or high >= count:
+                raise InputError(
+                    f"label {low if low < 0 else high} is outside [0, {count}): "
+                    f"there are {count} base classes, counted from 0"
+                )
+        trains_detectors = bool(self.partition) and (config.lam > 0 or config.alpha > 0)
+        parts = self.partition if trains_detectors else []
+        prompts: list[tuple[PromptLearner, Sequence[str]]] = [(self.classifier, self.base_classes)]
+        for learner, part in zip(self.detectors, parts, strict=False):
+            names = [self.base_classes[c] for c in part.vocabulary]
+            prompts.append((cast(PromptLearner, learner), names))
+        texts = encode_prompts(self.backbone, prompts, chunk=config.chunk)
+        logits = self._logits(features, texts[0])
+        ce = F.cross_entropy(logits, targets)
+        gate_base, gate_new = self._gates(features, logits, targets)
+        warm, auc = ce.new_zeros(()), ce.new_zeros(())
+        for part, text in zip(parts, texts[1:], strict=True):
+            column = torch.full((count,), -1, device=targets.device)
+            column[list(part.pseudo_base)] = torch.arange(
+                len(part.pseudo_base), device=targets.device
+            )
+            is_base = column[targets] >= 0
+            if is_base.all() or not is_base.any():
+                continue
+            detector = self._logits(features, text)
+            warm = warm + F.cross_entropy(detector[is_base], column[targets][is_base])
+            auc = auc + gated_pairwise_auc_loss(
+                detector.softmax(1).amax(1),
+                is_base,
+                torch.where(is_base, gate_base, gate_new),
+                surrogate=config.surrogate,
+                margin=config.margin,
+            )
+        divisor = max(1, len(parts))
+        warm, auc = warm / divisor, auc / divisor
+        total = ce + config.alpha * warm + config.lam * auc
+        return {"total": total, "ce": ce, "warm": warm, "auc": auc}
+
+    def _gates(self, features: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """φ_b from the base classifier in training, φ_n from zero-shot prompts."""
+        zero_shot = self._logits(features, self._zero_shot)
+        gates = []
+        for values in (logits.detach() if self.config.detach_gate else logits, zero_shot):
+            if self.config.gate == "none":
+                gates.append(torch.ones_like(values[:, 0]))
+            elif self.config.gate == "hard":
+                gates.append((values.argmax(1) == targets).to(values.dtype))
+            else:
+                p = values.softmax(1).gather(1, targets[:, None])[:, 0]
+                gates.append(p if self.config.gate == "prob" else p.sigmoid())
+        return gates[0], gates[1]
+
+    def _texts(self) -> dict[str, Any]:
+        """Text features of all roles; in evaluation mode they are computed once."""
+        if self._tested is not None:
+            return self._tested
+        config = self.config
+        both = [*self.base_classes, *self.new_classes]
+        names = both if config.detector_vocab == "all" else self.base_classes
+        with torch.no_grad():
+            learners = [cast(PromptLearner, d) for d in self.detectors]
+            prompts = [(self.classifier, both), *((d, names) for d in learners)]
+            tuned, *detectors = encode_prompts(self.backbone, prompts, chunk=config.chunk)
+            if self.new_classes:
+                new = template_features(self.backbone, self.new_classes, config.template)
+                template = torch.cat([self._zero_shot, new])
+            else:
+                template = self._zero_shot
+        sources = {"tuned": tuned, "template": template}
+        count = len(self.base_classes)
+        texts = {
+            "base": sources[config.base_prompt][:count],
+            "new": sources[config.new_prompt][count:],
+            "detection": sources[config.detector_prompt],
+            "detectors": detectors,
+        }
+        if not self.training:
+            self._tested = texts
+        return texts
+
+    @torch.no_grad()
+    def forward(
+        self,
+        images: Float[Tensor, "b 3 h w"] | None = None,
+        features: Float[Tensor, "b D"] | None = None,
+    ) -> GMoPOutput:
+        """Logits of both classifiers and the detector's score, for testing.
+
+        Args:
+            images: Pixels, preprocessed for the backbone.
+            features: In their place: features of `encode_image`.
+
+        Raises:
+            InputError: If not exactly one of the two is given.
+        """
+        if (images is None) == (features is None):
+            raise InputError("give exactly one of images and features")
+        if features is None:
+            features = self.encode_image(cast(Tensor, images))
+        texts = self._texts()
+        scores = tuple(
+            self._detector_score(self._logits(features, text), part)
+            for part, text in zip(self.partition, texts["detectors"], strict=True)
+        )
+        if scores:
+            stacked = torch.stack(scores)
+            score = stacked.amax(0) if self.config.fuse == "max" else stacked.mean(0)
+        else:
+            score = self._untuned_score(self._logits(features, texts["detection"]))
+        new = self._logits(features, texts["new"]) if self.new_classes else None
+        return GMoPOutput(self._logits(features, texts["base"]), new, score, scores)
+
+    def _detector_score(self, logits: Tensor, part: Any) -> Tensor:
+        """r_k: the largest pseudo-base probability, in a softmax over the vocabulary."""
+        if self.config.detector_vocab == "pseudo":
+            vocabulary = torch.tensor(part.vocabulary, device=logits.device)
+            logits, columns = logits[:, vocabulary], list(range(len(part.pseudo_base)))
+        else:
+            columns = list(part.pseudo_base)
+        return self._largest(logits, torch.tensor(columns, device=logits.device))
+
+    def _largest(self, logits: Tensor, columns: Tensor) -> Tensor:
+        best = logits[:, columns].max(1)
+        if self.config.score_space == "probability":
+            return (best.values - logits.logsumexp(1)).exp()
+        others = logits.scatter(1, columns[best.indices][:, None], -torch.inf)
+        return best.values - others.logsumexp(1)
+
+    def _untuned_score(self, logits: Tensor) -> Tensor:
+        count = len(self.base_classes)
+        if self.config.detector == "mcm":
+            return self._largest(logits, torch.arange(count, device=logits.device))
+        base = logits[:, :count].logsumexp(1)
+        if self.config.score_space == "probability":
+            return (base - logits.logsumexp(1)).exp()
+        return base - logits[:, count:].logsumexp(1)
+
+    def detect(self, features: Float[Tensor, "b D"]) -> Float[Tensor, " b"]:
+        """Detector scores r of image features; larger means more base-like."""
+        return cast(Tensor, self(features=features).base_score)
+
+    def predict(self, images: Float[Tensor, "b 3 h w"], threshold: float) -> list[str]:
+        """Class names by two stages: base classes where r > threshold, new ones elsewhere.
+
+        Args:
+            images: Pixels, preprocessed for the backbone.
+            threshold: For example from `openworld_auc.fit_threshold`.
+
+        Raises:
+            InputError: If `set_classes` has not named new classes.
+        """
+        output = self(images)
+        if output.new_logits is None:
+            raise InputError("there are no new classes yet; name them with set_classes(new=[...])")
+        base, new = output.base_logits.argmax(1), output.new_logits.argmax(1)
+        return [
+            self.base_classes[b] if is_base else self.new_classes[n]
+            for is_base, b, n in zip(
+                (output.base_score > threshold).tolist(), base.tolist(), new.tolist(), strict=True
+            )
+        ]
+
+    def contexts(self) -> dict[str, Tensor]:
+        """The trained tensors by name, on the CPU."""
+        kept = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        return {n: p.detach().cpu().contiguous() for n, p in kept.items()}
+
+    def load_contexts(self, tensors: dict[str, Tensor]) -> None:
+        """Take contexts as `contexts` gave them.
+
+        Raises:
+            InputError: If names or shapes differ.
+        """
+        own = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        shapes = {n: list(p.shape) for n, p in own.items()}
+        given = {n: list(t.shape) for n, t in tensors.items()}
+        if shapes != given:
+            raise InputError(f"the contexts are {given}; this model needs {shapes}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+        self._tested = None
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write contexts and settings, a few kilobytes; the backbone is not copied."""
+        target = Path(folder)
+        with atomic_path(target / self.WEIGHTS) as temporary:
+            save_file(self.contexts(), temporary)
+        settings = {
+            "config": asdict(self.config),
+            "base_classes": self.base_classes,
+            "new_classes": self.new_classes,
+        }
+        write_json(target / self.CONFIG, settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, backbone: Any, *, tokenizer: Callable[..., Any] | None = None
+    ) -> "GMoP":
+        """Load what `save_pretrained` wrote onto a backbone of the same kind.
+
+        Args:
+            folder: The folder.
+            backbone: As in the constructor.
+            tokenizer: The model's tokenizer.
+
+        Raises:
+            InputError: If files are missing or damaged, or do not fit the backbone.
+        """
+        source = Path(folder)
+        try:
+            settings = json.loads((source / cls.CONFIG).read_text(encoding="utf-8"))
+            tensors = load_file(source / cls.WEIGHTS)
+            config = GMoPConfig(**settings["config"])
+            base, new = settings["base_classes"], settings["new_classes"]
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{source} is not the folder of tuned prompts: {error.filename} is missing"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise InputError(f"the prompts in {source} cannot be read: {error}") from error
+        model = cls(backbone, base, config=config, tokenizer=tokenizer)
+        model.load_contexts(tensors)
+        return model.set_classes(new).eval()

@@ -1,0 +1,255 @@
+"""Training of prompts on cached image features: the tower is frozen, so each image is seen once."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from openworld_auc.gmop import GMoP
+from openworld_auc.report import OpenworldReport, openworld_report
+from shared_core.errors import InputError
+from shared_core.run import RunFolder, load_state, progress, save_state
+
+__all__ = ["GMoPTrainer", "TrainConfig", "extract_features"]
+
+Features = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe; the defaults are the published one's.
+
+    Attributes:
+        lr: Learning rate of SGD.
+        lr_detector: That of the detectors; by default the same.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        epochs: Passes over the training images; the last one counts, there is no early stopping.
+        t_max: Length of the cosine in epochs; by default `epochs`.
+        batch_size: Images a step; the last partial batch is kept.
+        seed: Of the order of images.
+    """
+
+    lr: float = 0.002
+    lr_detector: float | None = None
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    epochs: int = 40
+    t_max: int | None = None
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
+            raise InputError(
+                f"epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}; accepted: at "
+                "least one epoch, one image a step, and a positive learning rate"
+            )
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: Any, data: Any, *, batch_size: int = 64, cache: Path | None = None, workers: int = 0
+) -> Features:
+    """Image features and labels of a data set, from a cache where it holds them.
+
+    Args:
+        backbone: A `ClipBackbone`.
+        data: Items are ``(image tensor, label)``.
+        batch_size: Images at a time.
+        cache: Folder of cached features. A file is named by the backbone's weights, the labels and
+            a few of the images, so that another model or other data is never taken for this.
+        workers: Processes that load images.
+
+    Returns:
+        Features [n, D] and labels [n], on the CPU.
+
+    Raises:
+        InputError: If there are no images, or a cached file is damaged.
+    """
+    if len(data) == 0:
+        raise InputError("there are no images to extract features from")
+    path = None if cache is None else cache / f"features-{_fingerprint(backbone, data)}.safetensors"
+    if path is not None and path.is_file():
+        kept = load_state(path)
+        return kept["features"], kept["labels"]
+    device = backbone.scale.device
+    loader = DataLoader(data, batch_size=batch_size, num_workers=workers)
+    features, labels = [], []
+    for images, label in progress(loader, description="image features", unit="batch"):
+        features.append(backbone.encode_image(images.to(device)).cpu())
+        labels.append(torch.as_tensor(label))
+    result = torch.cat(features), torch.cat(labels)
+    if path is not None:
+        save_state(path, {"features": result[0], "labels": result[1]})
+    return result
+
+
+def _fingerprint(backbone: Any, data: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    labels = getattr(data, "targets", None)
+    digest.update(repr((len(data), None if labels is None else list(labels))).encode())
+    for index in sorted({0, len(data) // 3, len(data) // 2, len(data) - 1}):
+        digest.update(data[index][0].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+class GMoPTrainer:
+    """Trains the prompts of a `GMoP` with SGD and a cosine per epoch, and evaluates it.
+
+    Args:
+        model: The model; its contexts are trained in place.
+        train: Features and labels of base-class images from `extract_features`.
+        config: The recipe.
+        run: Where to log and to save a checkpoint after each epoch.
+        resume: Continue the run found there; it ends in the same numbers.
+
+    Raises:
+        InputError: If there is nothing to train on or to train, or labels are out of range.
+    """
+
+    def __init__(
+        self,
+        model: GMoP,
+        train: tuple[Float[Tensor, "n D"], Int[Tensor, " n"]],
+        *,
+        config: TrainConfig | None = None,
+        run: RunFolder | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.model = model
+        self.features, self.labels = train
+        self.config = config or TrainConfig()
+        self.run = run
+        self.resume = resume
+        if len(self.features) == 0 or len(self.features) != len(self.labels):
+            raise InputError(
+                f"there are {len(self.features)} features and {len(self.labels)} labels; accepted: "
+                "one label per feature, and at least one"
+            )
+        if int(self.labels.min()) < 0 or int(self.labels.max()) >= len(model.base_classes):
+            raise InputError(
+                f"labels reach from {int(self.labels.min())} to {int(self.labels.max())}; accepted:"
+                f" 0 to {len(model.base_classes) - 1}, one for each base class"
+            )
+        if not self.features.isfinite().all():
+            raise InputError("image features hold NaN or infinities; look for bad images")
+
+    def fit(
+        self, on_epoch: Callable[[dict[str, float]], None] | None = None
+    ) -> list[dict[str, float]]:
+        """Train, and give the mean losses of each epoch.
+
+        Args:
+            on_epoch: Called with each epoch's record.
+        """
+        config, model = self.config, self.model
+        lr_detector = config.lr if config.lr_detector is None else config.lr_detector
+        groups = [{"params": list(model.classifier.parameters()), "lr": config.lr}]
+        if len(model.detectors):
+            groups.append({"params": list(model.detectors.parameters()), "lr": lr_detector})
+        optimizer = torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, config.t_max or config.epochs
+        )
+        generator = torch.Generator().manual_seed(config.seed)
+        history: list[dict[str, float]] = []
+        settings = {"train": asdict(config), "model": asdict(model.config), "n": len(self.labels)}
+        if self.run is not None and self.resume and self.run.has_checkpoint:
+            state = self.run.load_checkpoint()
+            if state["settings"] != settings:
+                raise InputError(
+                    f"{self.run.path} was trained with other settings or data; --resume continues "
+                    "a run as it was begun"
+                )
+            model.load_contexts(state["contexts"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            generator.set_state(state["generator"])
+            history = state["history"]
+        device = model.backbone.scale.device
+        features, labels = self.features.to(device), self.labels.to(device)
+        if self.run is not None:
+            self.run.truncate_log(len(history))
+        epochs = range(len(history), config.epochs)
+        for epoch in progress(epochs, description="tuning prompts", unit="epoch"):
+            model.train()
+            order = torch.randperm(len(labels), generator=generator).to(device)
+            sums: dict[str, Tensor] = {}
+            for chosen in torch.split(order, config.batch_size):
+                parts = model.loss(features[chosen], labels[chosen])
+                optimizer.zero_grad()
+                parts["total"].backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0) + value.detach() * len(chosen)
+            schedule.step()
+            record = {name: float(value) / len(labels) for name, value in sums.items()}
+            history.append(record)
+            if self.run is not None:
+                self.run.log(step=epoch + 1, **record)
+                self.run.save_checkpoint(
+                    {
+                        "settings": settings,
+                        "contexts": model.contexts(),
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": _plain(schedule.state_dict()),
+                        "generator": generator.get_state(),
+                        "history": history,
+                    }
+                )
+            if on_epoch is not None:
+                on_epoch(record)
+        model.eval()
+        return history
+
+    def evaluate(self, base: Features, new: Features, **options: Any) -> OpenworldReport:
+        """OpenworldAUC and companions on features of base and new test images.
+
+        Args:
+            base: Features and labels among the base classes.
+            new: Features and labels among the new classes.
+            options: Of `openworld_auc.openworld_report`.
+
+        Raises:
+            InputError: If the model has not been told the new classes, or a side is empty.
+        """
+        return openworld_report(*evaluation(self.model, base, new), **options)
+
+
+def evaluation(model: GMoP, base: Features, new: Features) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, correctness within the own domain, and domain of test images.
+
+    Args:
+        model: With new classes set.
+        base: Features and labels among the base classes.
+        new: Features and labels among the new classes.
+    """
+    if not model.new_classes:
+        raise InputError("there are no new classes yet; name them with set_classes(new=[...])")
+    model.eval()
+    device = model.backbone.scale.device
+    on_base, on_new = (model(features=side[0].to(device)) for side in (base, new))
+    right = [
+        on_base.base_logits.argmax(1).cpu() == base[1],
+        on_new.new_logits.argmax(1).cpu() == new[1],
+    ]
+    scores = torch.cat([on_base.base_score, on_new.base_score]).cpu()
+    return scores, torch.cat(right), torch.arange(len(scores)) < len(base[1])
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without callables, which a checkpoint cannot hold."""
+    kept = (type(None), bool, int, float, str, list)
+    return {k: v for k, v in state.items() if isinstance(v, kept)}

@@ -1,0 +1,202 @@
+"""The command line: real files in, numbers and pictures out, one line for what is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from openworld_auc import openworld_auc
+from openworld_auc.cli import main
+from shared_core.testing import CliResult
+
+Run = Callable[..., CliResult]
+
+
+def write_csv(path, tools, seed=0, header="score,correct,is_base"):
+    scores, correct, is_base = tools.case(seed)
+    rows = zip(scores.tolist(), correct.int().tolist(), is_base.int().tolist(), strict=True)
+    Path(path).write_text("\n".join([header, *(f"{s!r},{c},{b}" for s, c, b in rows)]) + "\n")
+    return scores, correct, is_base
+
+
+def test_help_teaches(run_cli: Run) -> None:
+    shown = run_cli(main, "--help")
+    assert shown.code == 0
+    for name in ("demo", "train", "eval", "score", "compare", "presets"):
+        assert name in shown.stdout
+        assert run_cli(main, name, "--help").code == 0
+
+
+@pytest.mark.smoke
+@pytest.mark.filterwarnings("default:the threshold")
+def test_score_reads_the_files_of_any_model(run_cli: Run, tools) -> None:
+    case = write_csv("a.csv", tools)
+    scores, correct, is_base = case
+    np.savez("a.npz", score=scores, correct=correct, is_base=is_base)
+    target = torch.arange(len(scores)) % 4
+    pred = torch.where(correct, target, target + 1)
+    words = ["base" if b else "new" for b in is_base]
+    rows = zip(scores.tolist(), pred.tolist(), target.tolist(), words, strict=True)
+    Path("b.tsv").write_text(
+        "\n".join(["score\tpred\ttarget\tdomain", *("\t".join(map(str, r)) for r in rows)])
+    )
+    for name in ("a.csv", "a.npz", "b.tsv"):
+        shown = run_cli(main, "score", name, "--threshold", "0.1", "--json")
+        assert shown.code == 0, shown.stderr
+        found = json.loads(shown.stdout)
+        assert found["openworld_auc"] == pytest.approx(float(openworld_auc(*case)), abs=1e-12)
+        assert found["low"] < found["openworld_auc"] < found["high"]
+    folder = Path("runs/openworld-auc/score/a")
+    assert (folder / "curve.png").stat().st_size > 5000
+    assert json.loads((folder / "metrics.json").read_text())["auroc"] == found["auroc"]
+    assert "OpenworldAUC" not in run_cli(main, "score", "a.csv", "--no-plots").stderr
+    assert run_cli(main, "score", "b.tsv", "--by-class").code == 0
+    told = run_cli(main, "score", "a.csv", "--threshold", "youden")
+    assert "note: the threshold 'youden' is fitted on the evaluated samples" in told.stderr
+
+
+def test_parquet(run_cli: Run, tools, tmp_path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    scores, correct, is_base = case = tools.case(2)
+    table = {"score": scores.tolist(), "correct": correct.tolist(), "is_base": is_base.tolist()}
+    datasets.Dataset.from_dict(table).to_parquet("a.parquet")
+    shown = run_cli(main, "score", "a.parquet", "--json")
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)["openworld_auc"]
+    assert found == pytest.approx(float(openworld_auc(*case)), abs=1e-12)
+
+
+@pytest.mark.smoke
+def test_compare(run_cli: Run, tools) -> None:
+    write_csv("a.csv", tools)
+    text = Path("a.csv").read_text().splitlines()
+    worse = [
+        text[0],
+        *(line.replace(",1,", ",0,") if i % 3 else line for i, line in enumerate(text[1:])),
+    ]
+    Path("b.csv").write_text("\n".join(worse))
+    shown = run_cli(main, "compare", "a.csv", "b.csv", "--json")
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["difference"] > 0
+    assert found["difference"] == pytest.approx(found["value_a"] - found["value_b"])
+    write_csv("c.csv", tools, seed=3)
+    refused = run_cli(main, "compare", "a.csv", "c.csv")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "pass paired=False" in refused.stderr
+    assert run_cli(main, "compare", "a.csv", "c.csv", "--unpaired").code == 0
+
+
+def test_presets(run_cli: Run) -> None:
+    found = json.loads(run_cli(main, "presets", "--json").stdout)
+    assert len(found["benchmarks"]) == 15
+    assert found["benchmarks"]["imagenet_a"]["base"] == 101
+    assert found["methods"]["gmop-official"]["train"]["t_max"] == 100
+    assert "oxford_pets" in run_cli(main, "presets").stdout
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A split file with its images, and a tiny open_clip model in a folder."""
+    from open_clip.model import CLIP
+
+    rng = np.random.default_rng(0)
+    split = {"train": [], "val": [], "test": []}
+    (tmp_path / "images").mkdir()
+    for label, name in enumerate(["cat", "dog", "red_fox", "owl"]):
+        for part, count in (("train", 3), ("test", 4)):
+            for i in range(count):
+                file = f"{part}_{label}_{i}.png"
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                PIL.Image.fromarray(pixels).save(tmp_path / "images" / file)
+                split[part].append([file, label, name])
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32},
+        "text_cfg": {
+            "context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1,
+        },
+    }  # fmt: skip
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {}})
+    )
+    torch.manual_seed(0)
+    from safetensors.torch import save_file
+
+    save_file(CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    return tmp_path
+
+
+def test_train_resume_and_eval(run_cli: Run, pets) -> None:
+    argv = ["train", "--data", pets / "images", "--split-file", pets / "split.json"]
+    argv += ["--backbone", f"local-dir:{pets / 'clip'}", "--shots", 2, "--epochs", 2, "--k", 2]
+    shown = run_cli(main, *argv, "--out", "run", "--json", "--device", "cpu")
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)["test"]["gmop"]
+    assert (found["n_base"], found["n_new"]) == (8, 8)
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    assert {name: len(items) for name, items in manifest.items()} == {"cat": 2, "dog": 2}
+    for name in ("curves.png", "training.png", "contexts.safetensors", "gmop.json", "log.jsonl"):
+        assert Path("run", name).is_file()
+    again = run_cli(main, *argv, "--out", "run", "--resume", "--json", "--device", "cpu")
+    assert json.loads(again.stdout)["test"]["gmop"] == found
+    refused = run_cli(main, *argv, "--out", "run")
+    assert refused.code == 2
+    assert "--resume" in refused.stderr
+    tested = run_cli(main, "eval", "run", "--json", "--device", "cpu")
+    assert tested.code == 0, tested.stderr
+    summary = json.loads(tested.stdout)
+    assert summary["test"]["run"] == pytest.approx(found)
+    assert summary["test"]["zeroshot"]["new_acc"] == found["new_acc"]
+    assert 0 <= summary["against"]["zeroshot"]["p_value"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["score", "nowhere.csv"], "there is no file nowhere.csv"),
+        (["score", "bad.csv"], "has no column 'is_base', but score, correct"),
+        (["score", "text.csv"], "column 'score' of text.csv does not hold numbers"),
+        (["score", "ragged.csv"], "line 2 of ragged.csv has 2 fields"),
+        (["score", "domain.csv"], "holds 'far'; accepted"),
+        (["score", "nan.csv"], "1 of 2 scores are NaN"),
+        (["score", "one.csv"], "there are no new samples"),
+        (["score", "a.xlsx"], "of no known kind"),
+        (["score", "ok.csv", "--threshold", "best"], "--threshold is 'best'"),
+        (["score", "ok.csv", "--ci", "exact"], "method is 'exact'"),
+        (["score", "ok.csv", "--by-class"], "needs the column 'target'"),
+        (["train", "--data", "x", "--preset", "mnist"], "there is no preset 'mnist'"),
+        (["train", "--data", "x", "--method", "sgd"], "there is no method 'sgd'"),
+        (["train", "--data", "x", "--method", "zeroshot"], "trains nothing"),
+        (["train", "--data", "x", "--backbone", "ViT-Z"], "open_clip has no model 'ViT-Z'"),
+        (["eval", "nowhere"], "not the folder of a finished training run"),
+        (["demo", "--device", "tpu"], "device 'tpu' is not here"),
+        (["demo", "--seeds", "0"], "--seeds"),
+    ],
+)
+@pytest.mark.usefixtures("without_type_checks")
+def test_bad_input_is_one_line_and_code_2(run_cli: Run, argv: list[str], message: str) -> None:
+    for name, text in {
+        "bad.csv": "score,correct\n0.1,1\n",
+        "text.csv": "score,correct,is_base\nhigh,1,1\n",
+        "ragged.csv": "score,correct,is_base\n0.1,1\n",
+        "domain.csv": "score,correct,domain\n0.1,1,far\n",
+        "nan.csv": "score,correct,is_base\nnan,1,1\n0.1,1,0\n",
+        "one.csv": "score,correct,is_base\n0.2,1,1\n0.1,1,1\n",
+        "ok.csv": "score,correct,is_base\n0.2,1,1\n0.3,1,1\n0.1,1,0\n0.25,0,0\n",
+        "a.xlsx": "x",
+    }.items():
+        Path(name).write_text(text)
+    shown = run_cli(main, *argv)
+    assert shown.code == 2
+    assert message in shown.stderr
+    assert len(shown.stderr.strip().splitlines()) <= 2
+    assert "Traceback" not in shown.stderr
