@@ -63,6 +63,10 @@ class PairedLoader:
         for x, y in self.id_loader:
             yield x, y, self._next()
 
+    def restart(self) -> None:
+        """Begin the OE loader anew with the next epoch."""
+        self._outliers = None
+
     def _next(self) -> Any:
         if self._outliers is None:
             self._outliers = iter(self.oe_loader)
@@ -124,9 +128,7 @@ def check_disjoint(
 
 def _path_key(sample: Any) -> str:
     if not isinstance(sample, str | os.PathLike):
-        raise InputError(
-            f"a {type(sample).__name__} has no path; compare contents with how='sha1'"
-        )
+        raise InputError(f"a {type(sample).__name__} has no path; compare contents with how='sha1'")
     return str(Path(sample).resolve())
 
 

@@ -124,9 +124,7 @@ def spectral_distance(
         1.4142135381698608
     """
     length = max(len(inside), len(outside))
-    inside, outside = (
-        torch.nn.functional.pad(s, (0, length - len(s))) for s in (inside, outside)
-    )
+    inside, outside = (torch.nn.functional.pad(s, (0, length - len(s))) for s in (inside, outside))
     difference = inside - outside.to(inside.device)
     if variant == "official":
         return float(min(k, batch_size) ** 0.5 * difference.norm())

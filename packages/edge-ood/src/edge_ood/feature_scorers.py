@@ -43,7 +43,9 @@ class _Fitted:
 
     def _check_fitted(self) -> None:
         if any(getattr(self, key, None) is None for key in self.learned):
-            raise InputError(f"scorer {self.name} has not been fitted; call fit on ID samples first")
+            raise InputError(
+                f"scorer {self.name} has not been fitted; call fit on ID samples first"
+            )
 
     def _values(self, values: Tensor) -> Tensor:
         self._check_fitted()

@@ -347,9 +347,7 @@ def check_targets(logits: Tensor, targets: Tensor) -> None:
 
 def _check_logits(logits_id: Tensor, targets: Tensor, logits_oe: Tensor | None) -> None:
     check_targets(logits_id, targets)
-    if logits_oe is not None and (
-        logits_oe.ndim != 2 or logits_oe.shape[1] != logits_id.shape[1]
-    ):
+    if logits_oe is not None and (logits_oe.ndim != 2 or logits_oe.shape[1] != logits_id.shape[1]):
         raise InputError(
             f"logits_oe has shape {list(logits_oe.shape)}, logits_id {list(logits_id.shape)}; "
             "both come from one model: [M, C] and [N, C]"

@@ -191,7 +191,9 @@ class DistributionBalancedLoss(nn.Module):
             )
         self.register_buffer("inverse", (1 / counts).float())
         # Sign and the division by λ as in the authors' code, where the bias is added to the logit.
-        self.register_buffer("bias", (-(n_train / counts - 1).log() * init_bias / neg_scale).float())
+        self.register_buffer(
+            "bias", (-(n_train / counts - 1).log() * init_bias / neg_scale).float()
+        )
         self.map_alpha, self.map_beta, self.map_gamma = map_alpha, map_beta, map_gamma
         self.neg_scale, self.focal_gamma, self.balance = neg_scale, focal_gamma, balance
         self.reduction = reduction
@@ -207,9 +209,7 @@ class DistributionBalancedLoss(nn.Module):
         # A sample without a label would divide by 0; it then counts as if it had them all.
         total = (y * inverse).sum(1, keepdim=True)
         total = torch.where(total > 0, total, inverse.sum())
-        weight = self.map_alpha + torch.sigmoid(
-            self.map_beta * (inverse / total - self.map_gamma)
-        )
+        weight = self.map_alpha + torch.sigmoid(self.map_beta * (inverse / total - self.map_gamma))
         z = z + bias
         z = z * (y + (1 - y) * self.neg_scale)
         weight = weight * (y + (1 - y) / self.neg_scale)

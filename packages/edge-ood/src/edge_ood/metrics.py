@@ -60,10 +60,7 @@ def average_precisions(
     if logits.isnan().any():
         raise InputError(f"{int(logits.isnan().sum())} logits are NaN, which cannot be ranked")
     return torch.stack(
-        [
-            _average_precision(logits[:, c], targets[:, c] > 0.5, ap)
-            for c in range(logits.shape[1])
-        ]
+        [_average_precision(logits[:, c], targets[:, c] > 0.5, ap) for c in range(logits.shape[1])]
     )
 
 

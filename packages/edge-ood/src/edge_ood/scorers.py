@@ -16,10 +16,10 @@ from shared_core.errors import InputError
 
 __all__ = [
     "LOGIT_SCORERS",
+    "MSP",
     "JointEnergy",
     "LogSumExp",
     "LogitScorer",
-    "MSP",
     "MaxEnergy",
     "MaxLogit",
     "MaxProb",
