@@ -1,11 +1,11 @@
-"""Scorers that read more than a sample's own logits: features, the head, the inputs, a fitted model.
+"""Scorers that read more than the logits of a sample: features, the head, inputs, a fitted model.
 
 `fit` takes ID samples: features ``[n, F]`` (pooled outputs of the backbone) with labels where the
 method needs them, or logits for LOF and isolation forests. scikit-learn is imported on first use.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class _Fitted:
         self._check_fitted()
         return {key: getattr(self, key) for key in self.learned}
 
-    def load_state(self, state: dict[str, Tensor]) -> Self:
+    def load_state(self, state: dict[str, Tensor]) -> "_Fitted":
         """Take what `state` gave."""
         missing = [key for key in self.learned if key not in state]
         if missing:
@@ -108,7 +108,7 @@ class ODIN:
         self.model, self.temperature, self.eps, self.method = model, temperature, eps, method
         self.std = None if std is None else torch.as_tensor(std)
 
-    def fit(self, values: Tensor, targets: Tensor | None = None) -> Self:
+    def fit(self, values: Tensor, targets: Tensor | None = None) -> "ODIN":
         """Nothing to learn."""
         return self
 
@@ -177,7 +177,7 @@ class Mahalanobis(_Fitted):
             raise InputError(f"shrinkage is {shrinkage}; accepted: 0 to 1")
         self.reduce, self.shrinkage = reduce, shrinkage
 
-    def fit(self, values: Float[Tensor, "n F"], targets: Tensor | None = None) -> Self:
+    def fit(self, values: Float[Tensor, "n F"], targets: Tensor | None = None) -> "Mahalanobis":
         """Learn from ID features and their labels ``[n, C]``.
 
         Raises:
@@ -249,7 +249,7 @@ class KNN(_Fitted):
             raise InputError(f"k={k}, max_bank={max_bank}; both must be at least 1")
         self.k, self.max_bank = k, max_bank
 
-    def fit(self, values: Float[Tensor, "n F"], targets: Tensor | None = None) -> Self:
+    def fit(self, values: Float[Tensor, "n F"], targets: Tensor | None = None) -> "KNN":
         """Keep ID features."""
         f = F.normalize(check_scores_input(values, "features"), dim=1)
         if len(f) == 0:
@@ -302,7 +302,7 @@ class ReAct(_Fitted):
         self.head, self.p, self.base = head, p, base
         self._base = _logit_scorer(base)
 
-    def fit(self, values: Float[Tensor, "n F"], targets: Tensor | None = None) -> Self:
+    def fit(self, values: Float[Tensor, "n F"], targets: Tensor | None = None) -> "ReAct":
         """Learn the threshold from ID features."""
         flat = check_scores_input(values, "features").flatten()
         if flat.numel() == 0:
@@ -353,7 +353,7 @@ class ViM(_Fitted):
     ) -> None:
         if head is not None and not isinstance(head, nn.Linear):
             raise InputError(
-                f"ViM needs a linear head, not {type(head).__name__}; for a head with hidden layers "
+                f"ViM needs a linear head, not {type(head).__name__}; of a head with hidden layers "
                 "pass its last layer, and as features the input of that layer"
             )
         self.head, self.dim, self.base = head, dim, base
@@ -365,7 +365,7 @@ class ViM(_Fitted):
         return self.head
 
     @torch.no_grad()
-    def fit(self, values: Float[Tensor, "n F"], targets: Tensor | None = None) -> Self:
+    def fit(self, values: Float[Tensor, "n F"], targets: Tensor | None = None) -> "ViM":
         """Learn the subspace and α from ID features."""
         head, f = self._linear(), check_scores_input(values, "features")
         weight = head.weight.double()
@@ -410,7 +410,7 @@ class _Sklearn:
     def _make(self) -> Any:
         raise NotImplementedError
 
-    def fit(self, values: Float[Tensor, "n C"], targets: Tensor | None = None) -> Self:
+    def fit(self, values: Float[Tensor, "n C"], targets: Tensor | None = None) -> "_Sklearn":
         """Fit on ID logits."""
         z = check_scores_input(values, "logits")
         self._model = self._make().fit(z.double().cpu().numpy())

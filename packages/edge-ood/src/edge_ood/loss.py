@@ -155,9 +155,11 @@ def edge_loss(
         join = gather and is_distributed()
         if id_loss is not None:
             l_id = id_loss(z, y)
-        else:
+        elif join:
             per_sample = F.binary_cross_entropy_with_logits(z, y, reduction="none").mean(1)
-            l_id = (gather_rows(per_sample) if join else per_sample).mean()
+            l_id = gather_rows(per_sample).mean()
+        else:
+            l_id = F.binary_cross_entropy_with_logits(z, y)
         zero = torch.zeros_like(l_id)
         if logits_oe is None or (len(logits_oe) == 0 and not join):
             return EdgeLossOutput(l_id, l_id.detach(), zero, zero, 0, zero)

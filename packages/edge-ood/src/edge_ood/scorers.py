@@ -5,7 +5,7 @@ All scorers have the same two methods: `fit` learns what it needs from ID sample
 `edge_ood.feature_scorers`.
 """
 
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -44,7 +44,7 @@ class Scorer(Protocol):
     name: ClassVar[str]
     requires: ClassVar[str]
 
-    def fit(self, values: Tensor, targets: Tensor | None = None) -> Self:
+    def fit(self, values: Tensor, targets: Tensor | None = None) -> "Scorer":
         """Learn from ID samples, ``[n, ...]``."""
         ...
 
@@ -77,7 +77,7 @@ class LogitScorer:
     name: ClassVar[str]
     requires: ClassVar[str] = "logits"
 
-    def fit(self, values: Tensor, targets: Tensor | None = None) -> Self:
+    def fit(self, values: Tensor, targets: Tensor | None = None) -> "LogitScorer":
         """Nothing to learn."""
         return self
 

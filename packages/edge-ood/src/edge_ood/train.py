@@ -441,11 +441,9 @@ class _Batches(Sampler[list[int]]):
 
 
 def _plain_state(scheduler: Any) -> dict[str, Any]:
-    kept = {}
-    for key, value in scheduler.state_dict().items():
-        if value is None or isinstance(value, bool | int | float | str | list | tuple | dict):
-            kept[key] = value
-    return kept
+    """Its state without functions, which the scheduler makes anew."""
+    plain = bool | int | float | str | list | tuple | dict | None
+    return {k: v for k, v in scheduler.state_dict().items() if isinstance(v, plain)}
 
 
 def train(
