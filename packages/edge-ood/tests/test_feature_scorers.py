@@ -26,9 +26,7 @@ def test_mahalanobis_counts_a_sample_once_for_each_label():
     residuals = np.stack([f[i] - means[c] for i, c in pairs])
     precision = np.linalg.inv(residuals.T @ residuals / len(pairs))
     new = data(7, seed=1)[0]
-    half = np.array(
-        [[-0.5 * (v - m) @ precision @ (v - m) for m in means] for v in new.numpy()]
-    )
+    half = np.array([[-0.5 * (v - m) @ precision @ (v - m) for m in means] for v in new.numpy()])
     for reduce, expected in (("max", half.max(1)), ("sum", half.sum(1))):
         found = Mahalanobis(reduce, shrinkage=0.0).fit(x, y).score(new)
         assert found.numpy() == pytest.approx(expected, rel=1e-6)
@@ -61,8 +59,10 @@ def test_odin():
             out = model(v)
             pseudo = (out >= 0).double()
             each = nn.functional.binary_cross_entropy_with_logits(out, pseudo, reduction="none")
-            return each.max(1).values if method == "none" else (
-                each[0, out.argmax()] if method == "max" else each.sum()
+            return (
+                each.max(1).values
+                if method == "none"
+                else (each[0, out.argmax()] if method == "max" else each.sum())
             )
 
         std = torch.tensor([0.2, 0.5, 1.0])
@@ -165,7 +165,7 @@ def test_states_make_the_scorer_again():
         (lambda x, y: ViM().fit(x), "last linear layer"),
         (lambda x, y: ViM(nn.ReLU()), "linear head"),
         (lambda x, y: ViM(nn.Linear(6, 3), dim=6).fit(x.float()), "dim is 6"),
-        (lambda x, y: ODIN(eps=0.1), "needs the model"),
+        (lambda x, y: ODIN(eps=0.1).score(x), "needs the model"),
         (lambda x, y: ODIN(temperature=0.0), "temperature=0"),
         (lambda x, y: ODIN(method="mean"), "method is 'mean'"),
         (lambda x, y: LOF().score(x), "has not been fitted"),

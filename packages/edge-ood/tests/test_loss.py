@@ -59,7 +59,9 @@ def test_it_equals_the_restated_formulas(shape, k, weights, implementation):
     out = edge_loss(z, y, oe, **options, gap_impl=implementation)
     assert out.loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert out.n_tail == count
-    assert out.loss.item() == pytest.approx((out.l_id + alpha * out.l_conf + beta * out.l_gap).item())
+    assert out.loss.item() == pytest.approx(
+        (out.l_id + alpha * out.l_conf + beta * out.l_gap).item()
+    )
     single = edge_loss(z.float(), y.float(), oe.float(), **options, gap_impl=implementation)
     assert single.loss.item() == pytest.approx(expected, rel=2e-5)
 
@@ -70,15 +72,15 @@ def test_the_gradient_in_closed_form(implementation):
     n, m, c, k, alpha, beta, margin = 12, 9, 4, 5, 0.7, 0.9, 0.5
     z.requires_grad_()
     oe.requires_grad_()
-    out = edge_loss(
-        z, y, oe, alpha=alpha, beta=beta, k=k, margin=margin, gap_impl=implementation
-    )
+    out = edge_loss(z, y, oe, alpha=alpha, beta=beta, k=k, margin=margin, gap_impl=implementation)
     out.loss.backward()
     with torch.no_grad():
         energy, outside = (torch.log1p(torch.exp(v)).sum(1) for v in (z, oe))
         tail = energy.argsort()[:k]
         active = outside[:, None] + margin > energy[tail]
-        expected_oe = oe.sigmoid() * (alpha / (m * c) + beta * active.double().sum(1, True) / (m * k))
+        expected_oe = oe.sigmoid() * (
+            alpha / (m * c) + beta * active.double().sum(1, True) / (m * k)
+        )
         expected = (z.sigmoid() - y) / (n * c)
         expected[tail] -= beta * active.double().sum(0)[:, None] / (m * k) * z[tail].sigmoid()
     torch.testing.assert_close(z.grad, expected, rtol=1e-9, atol=1e-13)
@@ -175,7 +177,9 @@ def test_large_gap_in_single_precision():
     g = torch.Generator().manual_seed(0)
     tail, outside = torch.rand(2048, generator=g) * 100, torch.rand(4096, generator=g) * 100
     exact = energy_gap(tail.double(), outside.double(), 0.1, "pairwise")[0]
-    assert energy_gap(tail, outside, 0.1, "sorted")[0].item() == pytest.approx(exact.item(), rel=1e-6)
+    assert energy_gap(tail, outside, 0.1, "sorted")[0].item() == pytest.approx(
+        exact.item(), rel=1e-6
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -330,4 +334,6 @@ def test_half_precision_on_a_gpu():
         with torch.autocast("cuda", dtype=dtype):
             out = edge_loss(z.to(dtype), y, oe.to(dtype), beta=1.0)
         assert out.loss.dtype == torch.float32
-        torch.testing.assert_close(out.loss, edge_loss(z, y, oe, beta=1.0).loss, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(
+            out.loss, edge_loss(z, y, oe, beta=1.0).loss, rtol=0.02, atol=0.02
+        )

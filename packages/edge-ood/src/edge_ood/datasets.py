@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from jaxtyping import Float
@@ -47,9 +48,10 @@ def _read(image: Any, index: int) -> PIL.Image.Image:
         if isinstance(image, str | os.PathLike):
             with PIL.Image.open(image) as opened:
                 return opened.convert("RGB")
+        found: PIL.Image.Image = image
         if not isinstance(image, PIL.Image.Image):
-            image = PIL.Image.fromarray(image)
-        return image.convert("RGB")
+            found = PIL.Image.fromarray(image)
+        return found.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"image {index} ({image}) cannot be decoded: {error}") from error
 
@@ -81,7 +83,7 @@ class MultiLabelImages(Dataset[tuple[Any, Tensor]]):
 
     def __init__(
         self,
-        images: Sequence[Any],
+        images: Sequence[Any] | np.ndarray,
         targets: Float[Tensor, "n C"],
         class_names: Sequence[str],
         transform: Transform | None = None,

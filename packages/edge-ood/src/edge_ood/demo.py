@@ -113,7 +113,7 @@ class TensorBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order = torch.randperm(len(self.tensors[0]), generator=self.generator)
-        for chosen in order.split(self.batch_size):
+        for chosen in torch.split(order, self.batch_size):
             yield tuple(tensor[chosen] for tensor in self.tensors)
 
 
@@ -250,7 +250,7 @@ def _train(
     _, make, with_outliers = METHODS[method]
     torch.manual_seed(seed)
     model = create_model("small_cnn", len(task.class_names))
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last).to(device)
     batches: Any = TensorBatches(task.train, s.batch_size, seed)
     outliers = TensorBatches([torch.cat(list(task.oe.values()))], s.batch_size, seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
@@ -272,7 +272,7 @@ def _train(
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return collect(model, images.split(500), description="testing").logits
+    return collect(model, torch.split(images, 500), description="testing").logits
 
 
 def _test(
@@ -314,8 +314,8 @@ def _rank(model: Any, task: ShapesTask, s: DemoSettings, result: SeedResult) -> 
     candidates = {**{n: x[:512] for n, x in task.oe.items()}, "mixture": mixture, "noise": noise}
     device = next(model.parameters()).device
     selector = OESelector(model.features, device=device, max_batches=8)
-    selector.fit(task.train[0][:512].split(64))
-    result.ranking = selector.rank({n: x.split(64) for n, x in candidates.items()})
+    selector.fit(torch.split(task.train[0][:512], 64))
+    result.ranking = selector.rank({n: torch.split(x, 64) for n, x in candidates.items()})
     assert selector.id_spectrum is not None
     assert selector.id_distance is not None
     result.id_spectrum, result.id_distance = selector.id_spectrum.tolist(), selector.id_distance

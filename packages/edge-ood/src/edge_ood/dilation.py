@@ -35,7 +35,8 @@ def singular_values(features: Float[Tensor, "n F"]) -> Float[Tensor, " r"]:
     """
     f = features.double()
     gram = f @ f.T if len(f) <= f.shape[1] else f.T @ f
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+    values: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+    return values
 
 
 def spectrum(
@@ -58,12 +59,14 @@ def spectrum(
     """
     _check_features(features)
     if batch_size is None:
-        return singular_values(features) / len(features) ** 0.5
+        values: Tensor = singular_values(features) / len(features) ** 0.5
+        return values
     if generator is not None:
         features = features[torch.randperm(len(features), generator=generator)]
     size = min(batch_size, len(features))
-    whole = features[: len(features) // size * size].unflatten(0, (-1, size))
-    return torch.stack([singular_values(batch) for batch in whole]).mean(0)
+    whole = features[: len(features) // size * size].reshape(-1, size, features.shape[1])
+    mean: Tensor = torch.stack([singular_values(batch) for batch in whole]).mean(0)
+    return mean
 
 
 def dilation_distance(

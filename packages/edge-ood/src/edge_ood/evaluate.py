@@ -47,7 +47,7 @@ def open_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarr
         raise InputError(f"there is no file {file}")
     try:
         if file.suffix == ".npy":
-            array = np.load(file, mmap_mode="r")
+            array: np.ndarray = np.load(file, mmap_mode="r")
         elif file.suffix == ".npz":
             with np.load(file) as archive:
                 array = archive[_choose(list(archive), key, file)]
@@ -280,7 +280,8 @@ def figures(
 
     def some(array: np.ndarray) -> Tensor:
         part = torch.from_numpy(np.array(array[:: max(1, len(array) // 100_000)]))
-        return get_scorer("joint_energy").score(part.float())
+        scores: Tensor = get_scorer("joint_energy").score(part.float())
+        return scores
 
     inside, outside = some(id_logits), {n: some(a) for n, a in ood_logits.items()}
     drawn = {

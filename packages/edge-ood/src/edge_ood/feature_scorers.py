@@ -103,8 +103,6 @@ class ODIN:
             raise InputError(f"temperature={temperature}, eps={eps}; accepted: T > 0, eps >= 0")
         if method not in ("max", "sum"):
             raise InputError(f"method is {method!r}; accepted: 'max', 'sum'")
-        if model is None and eps:
-            raise InputError("ODIN with eps > 0 needs the model, for the gradient of the inputs")
         self.model, self.temperature, self.eps, self.method = model, temperature, eps, method
         self.std = None if std is None else torch.as_tensor(std)
 
@@ -124,6 +122,8 @@ class ODIN:
 
     def score(self, values: Tensor) -> Float[Tensor, " n"]:
         """Score inputs (logits, if there is no model)."""
+        if self.model is None and self.eps:
+            raise InputError("ODIN with eps > 0 needs the model, for the gradient of the inputs")
         if self.model is None:
             z = check_scores_input(values, "logits")
         else:
@@ -214,7 +214,7 @@ class Mahalanobis(_Fitted):
         f = self._values(values).double()
         means = self.means.to(f) @ self.whitening.to(f)
         parts = []
-        for chunk in (f @ self.whitening.to(f)).split(_CHUNK):
+        for chunk in torch.split(f @ self.whitening.to(f), _CHUNK):
             half = -0.5 * torch.cdist(chunk, means) ** 2
             parts.append(half.amax(1) if self.reduce == "max" else half.sum(1))
         return torch.cat(parts).to(values.dtype if values.dtype == torch.float64 else torch.float32)
@@ -262,7 +262,9 @@ class KNN(_Fitted):
         """Score features, in chunks."""
         f = F.normalize(self._values(values), dim=1)
         bank, k = self.bank.to(f), min(self.k, len(self.bank))
-        parts = [torch.cdist(chunk, bank).kthvalue(k, dim=1).values for chunk in f.split(_CHUNK)]
+        parts = [
+            torch.cdist(chunk, bank).kthvalue(k, dim=1).values for chunk in torch.split(f, _CHUNK)
+        ]
         return -torch.cat(parts)
 
     def options(self) -> dict[str, Any]:
@@ -294,7 +296,7 @@ class ReAct(_Fitted):
     def __init__(
         self,
         head: Callable[[Tensor], Tensor] | None = None,
-        p: float = 90.0,
+        p: int | float = 90,
         base: str = "joint_energy",
     ) -> None:
         if not 0 < p <= 100:
@@ -390,7 +392,8 @@ class ViM(_Fitted):
         f = self._values(values)
         wide = f.double()
         norm = ((wide - self.origin.to(wide)) @ self.residual.to(wide)).norm(dim=1)
-        return self._base.score(self._linear()(f)) - (self.alpha.to(wide) * norm).to(f.dtype)
+        score: Tensor = self._base.score(self._linear()(f))
+        return score - (self.alpha.to(wide) * norm).to(f.dtype)
 
     def options(self) -> dict[str, Any]:
         """The arguments that make this scorer again, the head left out."""

@@ -142,7 +142,7 @@ class EdgeHFTrainer(Trainer):
             )
             loader = DataLoader(
                 self.oe_dataset,
-                batch_sampler=batches,  # type: ignore[arg-type]
+                batch_sampler=batches,
                 collate_fn=self.oe_collator,
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory,
@@ -182,7 +182,8 @@ class EdgeHFTrainer(Trainer):
         theirs = self._next_outliers()
         if all(_stackable(ours[k], theirs.get(k)) for k in ours):
             outputs = model(**{k: torch.cat([v, theirs[k]]) for k, v in ours.items()})
-            z, outliers = _logits(outputs).split([len(labels), len(_logits(outputs)) - len(labels)])
+            both = _logits(outputs)
+            z, outliers = both[: len(labels)], both[len(labels) :]
         else:
             outputs = model(**ours)
             z, outliers = _logits(outputs), _logits(model(**theirs))
@@ -199,7 +200,7 @@ def _stackable(ours: Any, theirs: Any) -> bool:
 def _logits(outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[0]
+    logits: Tensor | None = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[0]
     if logits is None:
         raise InputError("the model returned no logits; train one with a classification head")
     return logits

@@ -124,10 +124,11 @@ class _Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features."""
         output = self.model(x)
-        pooled = getattr(output, "pooler_output", None)
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
         if pooled is None:
             pooled = output.last_hidden_state.mean(1)
-        return pooled.flatten(1)
+        features: Tensor = pooled.flatten(1)
+        return features
 
 
 def create_model(
@@ -204,16 +205,12 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, None]:
         raise InputError(f"torchvision cannot make {name!r}: {_first_line(error)}") from error
     for attribute in ("fc", "classifier", "head", "heads"):
         layer = getattr(model, attribute, None)
-        if layer is not None:
-            linear = layer if isinstance(layer, nn.Linear) else _last_linear(layer)
-            model.out_features = linear.in_features
+        linears = [m for m in layer.modules() if isinstance(m, nn.Linear)] if layer else []
+        if linears:
+            model.out_features = linears[-1].in_features
             setattr(model, attribute, _without_last(layer))
             return model, None
     raise InputError(f"torchvision's {name!r} has no classifier that could be replaced")
-
-
-def _last_linear(layer: nn.Module) -> nn.Linear:
-    return [m for m in layer.modules() if isinstance(m, nn.Linear)][-1]
 
 
 def _without_last(layer: nn.Module) -> nn.Module:

@@ -1,15 +1,12 @@
 """Pictures of energies, of the spectrum of labels, and of the choice of outliers."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from shared_core.plots import COLORS, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = [
     "plot_comparison",
@@ -22,9 +19,7 @@ __all__ = [
 ]
 
 
-def plot_energies(
-    panels: Mapping[str, Mapping[str, Tensor]], title: str = "JointEnergy"
-) -> "Figure":
+def plot_energies(panels: Mapping[str, Mapping[str, Tensor]], title: str = "JointEnergy") -> Any:
     """Densities of scores, on a logarithmic axis: one panel a method, one line a set.
 
     Args:
@@ -57,7 +52,7 @@ def _positive(scores: Tensor) -> np.ndarray:
     return values
 
 
-def plot_tail_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+def plot_tail_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """AUROC and FPR95 of the ID samples without the j most frequent classes, over j.
 
     Args:
@@ -75,7 +70,7 @@ def plot_tail_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figu
     return figure
 
 
-def plot_curves(scores: Mapping[str, tuple[Tensor, Tensor]]) -> "Figure":
+def plot_curves(scores: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
     """ROC and precision-recall curves, ID positive.
 
     Args:
@@ -103,7 +98,7 @@ def plot_curves(scores: Mapping[str, tuple[Tensor, Tensor]]) -> "Figure":
 
 def plot_comparison(
     summary: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], keys: Mapping[str, str]
-) -> "Figure":
+) -> Any:
     """Bars of the demo's table, with the standard deviation over seeds and each seed as a dot.
 
     Args:
@@ -133,7 +128,7 @@ def plot_comparison(
     return figure
 
 
-def plot_spectra(spectra: Mapping[str, Sequence[float]], k: int = 32) -> "Figure":
+def plot_spectra(spectra: Mapping[str, Sequence[float]], k: int = 32) -> Any:
     """Singular values of the features of the ID set and of candidate OE sets.
 
     Args:
@@ -152,7 +147,7 @@ def plot_spectra(spectra: Mapping[str, Sequence[float]], k: int = 32) -> "Figure
     return figure
 
 
-def plot_training(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
+def plot_training(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Any:
     """Losses and mean energies over the epochs: one line a method.
 
     Args:
@@ -176,7 +171,7 @@ def plot_training(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> "Fi
     return figure
 
 
-def plot_images(sets: Mapping[str, np.ndarray]) -> "Figure":
+def plot_images(sets: Mapping[str, np.ndarray]) -> Any:
     """A row of images of every set.
 
     Args:

@@ -130,7 +130,7 @@ def load_outliers(
 def _shapes(split: str, seed: int, transform: Any) -> MultiLabelImages:
     from edge_ood.shapes import known_images
 
-    if split not in ("train", "test"):
+    if split != "train" and split != "test":  # so, the type is narrowed
         raise InputError(f"shapes has no split {split!r}; accepted: train, test")
     scenes = known_images(seed, 2000 if split == "train" else 1000, split)
     targets = torch.from_numpy(scenes.labels).float()

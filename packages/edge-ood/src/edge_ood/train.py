@@ -288,19 +288,20 @@ class _Run:
             s.model, len(self.class_names), hidden=s.head_hidden, pretrained=s.pretrained
         )
         if s.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model = self.model.to(memory_format=torch.channels_last)
         if s.sync_bn and self.world > 1:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         self.model.to(self.device)
         self.optimizer = self._make_optimizer()
         self.criterion = create_loss(s, self.counts, len(self.train)).to(self.device)
+        self.validation_loader: Any = None
         self._make_loaders()
         self.scheduler = self._make_scheduler()
         trained: nn.Module = self.model
         if self.accelerator is not None:
             prepared = self.accelerator.prepare(trained, self.optimizer, self.validation_loader)
             trained, self.optimizer, self.validation_loader = prepared
-        self.trained = torch.compile(trained) if s.compile else trained
+        self.trained: Any = torch.compile(trained) if s.compile else trained
         half = self.dtype == torch.float16 and self.accelerator is None
         self.scaler = torch.amp.GradScaler(self.device.type) if half else None
         self.epoch, self.best = 0, -1.0
@@ -324,10 +325,10 @@ class _Run:
         self.counts = full.targets[chosen].sum(0).long()
         self.outliers: UnlabelledImages | None = None
         if s.with_outliers and s.oe is not None:
-            self.outliers = load_outliers(s.oe, "train", augment, seed=s.seed, **columns)  # type: ignore[arg-type]
-            pairs = [d.images for d in (full, self.outliers)]
-            if all(isinstance(p[0], Path) for p in pairs):
-                check_disjoint(*pairs, names=("the ID set", "the OE set"))
+            self.outliers = load_outliers(s.oe, "train", augment, seed=s.seed, **columns)
+            ours, theirs = full.images, self.outliers.images
+            if isinstance(ours[0], Path) and isinstance(theirs[0], Path):
+                check_disjoint(ours, theirs, names=("the ID set", "the OE set"))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         s = self.settings
@@ -387,7 +388,7 @@ class _Run:
             self.pairs = PairedLoader(
                 self.pairs, DataLoader(self.outliers, batch_sampler=outliers, **common)
             )
-        self.validation_loader: Any = DataLoader(self.validation, batch_size=size, **common)
+        self.validation_loader = DataLoader(self.validation, batch_size=size, **common)
 
     def before_epoch(self, epoch: int) -> None:
         """Everything random of an epoch depends on its number alone."""
@@ -442,8 +443,7 @@ class _Batches(Sampler[list[int]]):
 
 def _plain_state(scheduler: Any) -> dict[str, Any]:
     """Its state without functions, which the scheduler makes anew."""
-    plain = bool | int | float | str | list | tuple | dict | None
-    return {k: v for k, v in scheduler.state_dict().items() if isinstance(v, plain)}
+    return {k: v for k, v in scheduler.state_dict().items() if not callable(v)}
 
 
 def train(
