@@ -296,7 +296,7 @@ def test_bad_settings(changes, message):
 @pytest.mark.usefixtures("without_type_checks")
 def test_bad_inputs():
     z, y, oe = sample(4, 3, 2)
-    for given, message in (
+    for arguments, message in (
         ((z, y.long(), oe), "one_hot"),
         ((z, y[:, 0], oe), "one_hot"),
         ((z, y + 2, oe), r"targets lie in"),
@@ -306,7 +306,7 @@ def test_bad_inputs():
         ((z[0], y[0], oe), "logits_id has shape"),
     ):
         with pytest.raises(InputError, match=message):
-            edge_loss(*given)
+            edge_loss(*arguments)
     for tau, epochs in ((-1, 5), (1.5, 5), (0.5, None), (math.nan, 5)):
         with pytest.raises(InputError, match="tau"):
             EdgeSchedule(tau, epochs)

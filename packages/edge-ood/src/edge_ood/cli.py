@@ -272,7 +272,7 @@ def train(
     show_result({"out": str(run.path), **metrics}, text, as_json=as_json)
 
 
-def run_log(folder: Path) -> list[dict[str, float]]:
+def run_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log."""
     import json
 

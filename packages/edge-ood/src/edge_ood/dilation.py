@@ -156,8 +156,8 @@ class OERank:
 class OESelector:
     """Rank candidate OE sets by their dilation distance to an ID set.
 
-    That a SMALLER distance is better is our inference: the text of the paper that we could read says
-    that the distance finds informative sets, and not in which direction.
+    That a SMALLER distance is better is our inference: the text of the paper that we could read
+    says that the distance finds informative sets, and not in which direction.
 
     Args:
         backbone: Maps a batch of inputs to features ``[B, F]``. A module is put into eval mode

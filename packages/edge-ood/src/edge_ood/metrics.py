@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from edge_ood.loss import check_targets
@@ -128,7 +128,7 @@ def frequency_order(class_counts: Counts) -> list[int]:
 
 def tail_curve(
     id_scores: Float[Tensor, " n"],
-    targets: Float[Tensor, "n C"],
+    targets: Shaped[Tensor, "n C"],
     ood_scores: Float[Tensor, " m"],
     *,
     class_counts: Counts | None = None,
@@ -187,7 +187,7 @@ def tail_curve(
 
 def bucket_report(
     id_scores: Float[Tensor, " n"],
-    targets: Float[Tensor, "n C"],
+    targets: Shaped[Tensor, "n C"],
     ood_scores: Float[Tensor, " m"],
     *,
     class_counts: Counts | None = None,

@@ -204,7 +204,7 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, None]:
     except (ValueError, OSError) as error:
         raise InputError(f"torchvision cannot make {name!r}: {_first_line(error)}") from error
     for attribute in ("fc", "classifier", "head", "heads"):
-        layer = getattr(model, attribute, None)
+        layer: Any = getattr(model, attribute, None)
         linears = [m for m in layer.modules() if isinstance(m, nn.Linear)] if layer else []
         if linears:
             model.out_features = linears[-1].in_features

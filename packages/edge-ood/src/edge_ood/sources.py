@@ -130,9 +130,11 @@ def load_outliers(
 def _shapes(split: str, seed: int, transform: Any) -> MultiLabelImages:
     from edge_ood.shapes import known_images
 
-    if split != "train" and split != "test":  # so, the type is narrowed
+    if split not in ("train", "test"):
         raise InputError(f"shapes has no split {split!r}; accepted: train, test")
-    scenes = known_images(seed, 2000 if split == "train" else 1000, split)
+    scenes = (
+        known_images(seed, 2000, "train") if split == "train" else known_images(seed, 1000, "test")
+    )
     targets = torch.from_numpy(scenes.labels).float()
     return MultiLabelImages(scenes.images, targets, scenes.class_names, transform)
 

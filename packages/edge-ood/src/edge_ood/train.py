@@ -15,7 +15,7 @@ from edge_ood.data import PairedLoader, check_disjoint
 from edge_ood.datasets import MultiLabelImages, UnlabelledImages, eval_transform, train_transform
 from edge_ood.detector import OODDetector
 from edge_ood.loop import collect, train_edge
-from edge_ood.loss import EdgeLoss
+from edge_ood.loss import EdgeLoss, check_settings
 from edge_ood.losses import (
     AsymmetricLoss,
     DistributionBalancedLoss,
@@ -138,6 +138,7 @@ class TrainSettings:
             raise InputError(
                 f"validation={self.validation}, recall={self.recall}; accepted: (0, 1) and (0, 1]"
             )
+        check_settings(self.alpha, self.beta, self.k, self.margin)
         if self.with_outliers and self.oe is None:
             raise InputError(f"the loss {self.loss} trains on outliers: give --oe")
 
@@ -188,7 +189,8 @@ def create_loss(settings: TrainSettings, class_counts: Tensor, n_train: int) -> 
         case "asl":
             return AsymmetricLoss(reduction="mean")
         case "db":
-            return DistributionBalancedLoss(class_counts, n_train)
+            # A class that only held-out images have has no weight of its own.
+            return DistributionBalancedLoss(class_counts.clamp(min=1), n_train)
         case "oe":
             return MultiLabelOELoss()
         case "energy":
@@ -240,14 +242,14 @@ def _collate(batch: list[Any]) -> Any:
     return torch.stack(batch)
 
 
-def make_accelerator(dtype: torch.dtype) -> Any:
+def make_accelerator(dtype: torch.dtype, device: torch.device) -> Any:
     """An accelerator if there are several processes, else ``None``.
 
     Raises:
         MissingExtraError: If accelerate is needed and not installed.
 
     Example:
-        >>> make_accelerator(torch.float32) is None
+        >>> make_accelerator(torch.float32, torch.device("cpu")) is None
         True
     """
     import os
@@ -263,7 +265,7 @@ def make_accelerator(dtype: torch.dtype) -> Any:
     from accelerate.utils import DistributedType
 
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise InputError(
             f"this command trains with DDP, not {accelerator.distributed_type.value}; "
@@ -278,7 +280,7 @@ class _Run:
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
         s = self.settings = settings
         self.dtype = select_dtype(s.dtype, device)
-        self.accelerator = make_accelerator(self.dtype)
+        self.accelerator = make_accelerator(self.dtype, device)
         self.device = device if self.accelerator is None else self.accelerator.device
         self.world = 1 if self.accelerator is None else self.accelerator.num_processes
         self.first = self.accelerator is None or self.accelerator.is_main_process
