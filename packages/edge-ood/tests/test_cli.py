@@ -106,7 +106,8 @@ def test_train_score_calibrate_select(run_cli):
         scored = ["score", "--checkpoint", "run/best", "--input", source, "--out", out]
         shown = run_cli(main, *scored)
         assert shown.code == 0, shown.stderr
-    rows = list(csv.DictReader(open("unknown/scores.csv")))
+    with open("unknown/scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     assert rows[0]["sample"] == "new/0.png"
     assert len(rows) == 20
     assert np.load("known/labels.npy").shape == np.load("known/logits.npy").shape == (40, 20)

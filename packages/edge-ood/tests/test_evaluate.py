@@ -70,7 +70,7 @@ def test_it_equals_the_parts(monkeypatch):
 
 
 def test_fitted_scorers():
-    z, y, outside = tables()
+    z, _, outside = tables()
     found = evaluate(z, outside, scorers=["lof", "iforest"], fit_logits=z[:100])
     assert found["scorers"]["lof"]["mean"]["auroc"] > 0.5
     assert "mAP" not in found

@@ -577,18 +577,9 @@ def list_all(
     if out is not None:
         RunFolder(out).write_metrics(found)
     lines = [f"scores of {r}: {', '.join(names)}" for r, names in needs.items()]
-    lines += [f"losses: {', '.join(LOSSES)}", f"ID sets: {', '.join(KINDS)}", ""]
-    rows = [
-        {
-            "preset": name,
-            "model": p.model,
-            "loss": p.loss,
-            "optimizer": p.optimizer,
-            "lr": p.lr,
-            "epochs": p.epochs,
-        }
-        for name, p in PRESETS.items()
-    ]
+    lines += [f"losses: {', '.join(LOSSES)}", f"ID sets: {', '.join(KINDS)}", "", ""]
+    columns = ("model", "loss", "optimizer", "lr", "epochs")
+    rows = [{"preset": n, **{c: p[c] for c in columns}} for n, p in presets.items()]
     show_result(found, "\n".join(lines) + format_table(rows), as_json=as_json)
 
 

@@ -393,7 +393,8 @@ class ViM(_Fitted):
         wide = f.double()
         norm = ((wide - self.origin.to(wide)) @ self.residual.to(wide)).norm(dim=1)
         score: Tensor = self._base.score(self._linear()(f))
-        return score - (self.alpha.to(wide) * norm).to(f.dtype)
+        score = score - (self.alpha.to(wide) * norm).to(f.dtype)
+        return score
 
     def options(self) -> dict[str, Any]:
         """The arguments that make this scorer again, the head left out."""
