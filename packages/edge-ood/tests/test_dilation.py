@@ -87,6 +87,8 @@ def test_the_selector_ranks_and_suspects():
     assert not any(r.suspicious for r in ranks)
     assert torch.equal(net[1].running_mean, before)
     assert net.training
+    OESelector(net.forward, k=8, batch_size=32).fit(batches(features()))
+    assert torch.equal(net[1].running_mean, before)
     other = OESelector(net, k=8, batch_size=32, prefer="largest").fit(batches(features()))
     far, near = batches(features(seed=5, scale=6.0)), batches(features(seed=6, scale=1.6))
     assert [r.name for r in other.rank({"near": near, "far": far})] == ["far", "near"]

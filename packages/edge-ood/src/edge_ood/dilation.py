@@ -160,8 +160,8 @@ class OESelector:
     says that the distance finds informative sets, and not in which direction.
 
     Args:
-        backbone: Maps a batch of inputs to features ``[B, F]``. A module is put into eval mode
-            for the time of the measurement.
+        backbone: Maps a batch of inputs to features ``[B, F]``. A module, or the module that it is
+            a method of, is put into eval mode for the time of the measurement.
         k: See `dilation_distance`.
         batch_size: Rows per spectrum.
         max_batches: Read at most ``max_batches * batch_size`` samples of each set.
@@ -242,7 +242,9 @@ class OESelector:
 
     @torch.no_grad()
     def _read(self, loader: Iterable[Any], name: str) -> Tensor:
-        module = self.backbone if isinstance(self.backbone, torch.nn.Module) else None
+        # A module, or a method of one: BatchNorm must not learn from what is only measured.
+        owner = getattr(self.backbone, "__self__", self.backbone)
+        module = owner if isinstance(owner, torch.nn.Module) else None
         was_training = module.training if module is not None else False
         if module is not None:
             module.eval()

@@ -144,6 +144,8 @@ class EdgeHFTrainer(Trainer):
                 self.oe_dataset,
                 batch_sampler=batches,
                 collate_fn=self.oe_collator,
+                # Its own, so that starting the loader does not move the global generator.
+                generator=torch.Generator().manual_seed(self.args.seed),
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory,
             )
