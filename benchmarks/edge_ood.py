@@ -129,7 +129,7 @@ def peer(repeats: int) -> dict[str, Any]:
     """JointEnergy has no peer there; the multi-class energy and the metrics have one."""
     try:
         from pytorch_ood.detector import EnergyBased
-        from pytorch_ood.utils import OODMetrics
+        from pytorch_ood.metrics.ood import OODMetrics
     except ImportError as error:
         return {"left_out": str(error)}
     g = torch.Generator().manual_seed(0)

@@ -148,7 +148,15 @@ def accelerated(rank, world):
     accelerate = pytest.importorskip("accelerate")
     from torch.utils.data import DataLoader, TensorDataset
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="localhost",
+        MASTER_PORT="29573",
+        ACCELERATE_USE_CPU="1",
+    )
     accelerator = accelerate.Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     x, y, _ = batch(11, 1)

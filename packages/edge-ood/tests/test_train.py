@@ -88,7 +88,15 @@ def test_every_loss_trains(loss, tmp_path):
 
 
 def two(rank, world, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="localhost",
+        MASTER_PORT="29574",
+        ACCELERATE_USE_CPU="1",
+    )
     training.load_id, training.load_outliers = few_images, few_outliers
     # Training ends alike on both, and only the first writes.
     settings = dataclasses.replace(TINY, epochs=1, gather=True, tau=0)
