@@ -28,7 +28,7 @@ def test_demo_writes_a_run(run_cli, monkeypatch):
     monkeypatch.setattr(
         dataclasses,
         "replace",
-        lambda s, **c: real(s, **{**c, "train": 128, "test": 200, "ood": 40, "epochs": 1}),
+        lambda s, **c: real(s, **{**c, "train": 128, "test": 600, "ood": 40, "epochs": 1}),
     )
     shown = run_cli(main, "demo", "--quick", "--json", "--methods", "bce,edge")
     assert shown.code == 0, shown.stderr

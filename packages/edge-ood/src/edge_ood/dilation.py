@@ -177,7 +177,8 @@ class OESelector:
         >>> g = torch.Generator().manual_seed(0)
         >>> data = [torch.randn(8, 4, generator=g) for _ in range(4)]
         >>> selector = OESelector(torch.nn.Identity(), k=4, batch_size=8).fit(data)
-        >>> [rank.name for rank in selector.rank({"far": [9 * x for x in data], "near": data})]
+        >>> sets = {"far": [9 * x for x in data], "near": [2 * x for x in data]}
+        >>> [rank.name for rank in selector.rank(sets)]
         ['near', 'far']
     """
 

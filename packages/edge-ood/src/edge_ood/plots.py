@@ -147,7 +147,7 @@ def plot_spectra(spectra: Mapping[str, Sequence[float]], k: int = 32) -> Any:
     return figure
 
 
-def plot_training(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Any:
+def plot_training(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Losses and mean energies over the epochs: one line a method.
 
     Args:

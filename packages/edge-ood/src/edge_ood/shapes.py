@@ -27,6 +27,9 @@ _OE_BACKGROUNDS = ["plain", "shaded", "noisy", "gridded"]
 _UNKNOWN_SHAPES = ["star", "hexagon", "heart", "gear"]
 _UNKNOWN_COLORS = ["orange", "white"]
 _UNKNOWN_BACKGROUNDS = ["wavy", "speckled"]
+# Every set but the ID images is drawn in a world of its own: in one world, images of equal number
+# share their layout, and a detector could tell sets apart, or mistake them, by that.
+_SETS = ("oe objects", "oe textures", "shapes", "colors", "textures")
 
 
 def known_images(
@@ -59,8 +62,9 @@ def outlier_images(seed: int, n: int) -> dict[str, np.ndarray]:
         {'objects': 2, 'textures': 3}
     """
     wanted = {**_KNOWN, "shapes": _OE_SHAPES, "colors": [*_COLORS, "purple", "cyan"]}
-    objects = ShapesWorld(seed).multilabel(n // 2, **wanted, imbalance=1)
-    return {"objects": objects.images, "textures": _textures(_OE_BACKGROUNDS, n - n // 2, seed)}
+    objects = _world(seed, "oe objects").multilabel(n // 2, **wanted, imbalance=1)
+    textures = _textures(_OE_BACKGROUNDS, n - n // 2, _world(seed, "oe textures").seed)
+    return {"objects": objects.images, "textures": textures}
 
 
 def unknown_images(seed: int, n: int) -> dict[str, np.ndarray]:
@@ -76,13 +80,18 @@ def unknown_images(seed: int, n: int) -> dict[str, np.ndarray]:
         >>> list(unknown_images(0, 2))
         ['shapes', 'colors', 'textures']
     """
-    world = ShapesWorld(seed)
     changes = {"shapes": _UNKNOWN_SHAPES, "colors": _UNKNOWN_COLORS}
     sets = {
-        name: world.multilabel(n, **{**_KNOWN, name: values}, imbalance=1, split="test").images
+        name: _world(seed, name).multilabel(n, **{**_KNOWN, name: values}, imbalance=1).images
         for name, values in changes.items()
     }
-    return {**sets, "textures": _textures(_UNKNOWN_BACKGROUNDS, n, seed)}
+    return {**sets, "textures": _textures(_UNKNOWN_BACKGROUNDS, n, _world(seed, "textures").seed)}
+
+
+def _world(seed: int, name: str) -> ShapesWorld:
+    """The world of a set of images, another for every seed and every set."""
+    [derived] = np.random.SeedSequence([seed, 1 + _SETS.index(name)]).generate_state(1)
+    return ShapesWorld(int(derived) % 2**31)
 
 
 def _textures(backgrounds: Sequence[str], n: int, seed: int) -> np.ndarray:
