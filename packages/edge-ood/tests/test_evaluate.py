@@ -28,6 +28,20 @@ def test_files(tmp_path):
     np.savez(tmp_path / "z.npz", logits=z, labels=y)
     save_file({"logits": torch.from_numpy(z).bfloat16()}, tmp_path / "z.safetensors")
     assert isinstance(open_array(tmp_path / "z.npy"), np.memmap)
+    several = {
+        "labels": torch.from_numpy(y),
+        "logits": torch.from_numpy(z),
+        "half": torch.ones(3, 1),
+    }
+    several["half"] = several["half"].half()
+    save_file(several, tmp_path / "several.safetensors")
+    for key, table in several.items():
+        opened = open_array(tmp_path / "several.safetensors", key)
+        assert isinstance(opened, np.memmap)
+        assert opened.dtype == table.numpy().dtype
+        assert np.array_equal(opened, table.numpy())
+    assert np.array_equal(open_array(tmp_path / "several.safetensors"), z)
+    (tmp_path / "broken.safetensors").write_bytes(b"\x10\x00")
     assert np.array_equal(open_array(tmp_path / "z.npz"), z)
     assert np.array_equal(open_array(tmp_path / "z.npz", "labels"), y)
     assert open_array(tmp_path / "z.safetensors").dtype == np.float32
@@ -41,6 +55,7 @@ def test_files(tmp_path):
         ("two.npz", "name one of them"),
         ("z.txt", "no known kind"),
         ("broken.npy", "cannot be read"),
+        ("broken.safetensors", "cannot be read"),
         ("objects.npy", "cannot be read"),
         ("cube.npy", "shape"),
     ):
@@ -51,6 +66,7 @@ def test_files(tmp_path):
 @pytest.mark.smoke
 def test_it_equals_the_parts(monkeypatch):
     monkeypatch.setattr(evaluation, "_ROWS", 64)  # several chunks
+    monkeypatch.setattr(evaluation, "_COLUMNS", 4)
     z, y, outside = tables()
     found = evaluate(z, outside, y, scorers=["all"], class_counts=[60, 50, 40, 30, 20, 10])
     assert len(found["scorers"]) == 8

@@ -1,9 +1,12 @@
 """Evaluation from saved logits: no model, no images, any number of rows.
 
-Files are ``.npy`` and ``.safetensors`` (read through a memory map, in chunks) or ``.npz`` (read
-whole). Nothing is unpickled.
+Logits in ``.npy`` and ``.safetensors`` are read through a memory map, in chunks of rows (scores)
+and of columns (mAP); ``.npz``, and bfloat16, are read whole, and so are labels. In memory lie a
+score per row and a byte per label. Nothing is unpickled.
 """
 
+import json
+import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_ood.metrics import bucket_report, multilabel_map, tail_curve
+from edge_ood.metrics import bucket_report, precision_areas, tail_curve
 from edge_ood.scorers import get_scorer, list_scorers
 from shared_core.errors import InputError
 from shared_core.metrics import ood_metrics
@@ -23,6 +26,9 @@ from shared_core.run import progress
 __all__ = ["evaluate", "evaluation_rows", "figures", "open_array", "score_array"]
 
 _ROWS = 65536
+_COLUMNS = 16
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
+_DTYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
 
 
 def open_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarray:
@@ -80,10 +86,18 @@ def _choose(names: list[str], key: str | None, file: Path) -> str:
 def _open_safetensors(file: Path, key: str | None) -> np.ndarray:
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as opened:
-        tensor = opened.get_tensor(_choose(list(opened.keys()), key, file))
-    array: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
+    with safe_open(file, framework="pt") as opened:  # which checks the header
+        name = _choose(list(opened.keys()), key, file)
+        with open(file, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            entry = json.loads(raw.read(length))[name]
+        if entry["dtype"] not in _DTYPES or 0 in entry["shape"]:
+            tensor = opened.get_tensor(name)
+            array: np.ndarray = tensor.float().numpy()
+            return array
+    start, shape = 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
+    # The library's own slices copy, and cannot take the place of an array.
+    return np.memmap(file, _DTYPES[entry["dtype"]], "r", start, shape)
 
 
 def _chunks(array: np.ndarray, description: str) -> Iterator[Tensor]:
@@ -200,16 +214,18 @@ def evaluate(
 
 
 def _mean_precisions(id_logits: np.ndarray, targets: Tensor) -> dict[str, Any]:
-    z = torch.from_numpy(np.array(id_logits))
-    z = z if z.dtype == torch.float64 else z.float()
-    present = targets.any(0)
-    if not bool(present.any()):
-        return {"mAP": None, "mAP_trapezoid": None, "classes_without_positives": len(present)}
-    z, y = z[:, present], targets[:, present].float()
+    areas: list[tuple[float, float]] = []
+    for start in range(0, id_logits.shape[1], _COLUMNS):
+        z = torch.from_numpy(np.array(id_logits[:, start : start + _COLUMNS]))
+        z = z if z.dtype == torch.float64 else z.float()
+        found = precision_areas(z, targets[:, start : start + _COLUMNS])
+        areas += zip(*(values.tolist() for values in found), strict=True)
+    present = [pair for pair in areas if not math.isnan(pair[0])]
+    step, trapezoid = zip(*present, strict=True) if present else ((), ())
     return {
-        "mAP": multilabel_map(z, y),
-        "mAP_trapezoid": multilabel_map(z, y, ap="trapezoid"),
-        "classes_without_positives": int((~present).sum()),
+        "mAP": statistics.fmean(step) if step else None,
+        "mAP_trapezoid": statistics.fmean(trapezoid) if trapezoid else None,
+        "classes_without_positives": len(areas) - len(present),
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from edge_ood.loss import check_targets
@@ -59,26 +59,42 @@ def average_precisions(
     check_targets(logits, targets)
     if logits.isnan().any():
         raise InputError(f"{int(logits.isnan().sum())} logits are NaN, which cannot be ranked")
-    return torch.stack(
-        [_average_precision(logits[:, c], targets[:, c] > 0.5, ap) for c in range(logits.shape[1])]
-    )
+    step, trapezoid = precision_areas(logits, targets > 0.5)
+    return step if ap == "step" else trapezoid
 
 
-def _average_precision(scores: Tensor, positive: Tensor, ap: str) -> Tensor:
-    total = positive.sum()
-    if not total:
-        return torch.tensor(math.nan, dtype=torch.float64)
-    ordered, order = scores.sort(descending=True)
-    hits = positive[order].cumsum(0).cpu().double()
-    # The points of the curve: after the last of the samples that tie.
-    ends = torch.cat([ordered.diff() != 0, ordered.new_ones(1, dtype=torch.bool)]).cpu()
-    true, shown = hits[ends], torch.arange(1, len(scores) + 1, dtype=torch.float64)[ends]
-    precision, recall = true / shown, true / total.cpu()
-    if ap == "step":
-        return (recall.diff(prepend=recall.new_zeros(1)) * precision).sum()
-    # Up to full recall; further thresholds add no area. The curve begins at precision 1.
-    precision = torch.cat([precision.new_ones(1), precision])
-    return torch.trapezoid(precision, torch.cat([recall.new_zeros(1), recall]))
+def precision_areas(
+    logits: Float[Tensor, "N C"], positive: Bool[Tensor, "N C"]
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Step-wise and trapezoid area under each class's precision-recall curve, from one sort.
+
+    Recall rises at the positives alone, by one part each. There the curve comes from the precision
+    of all samples scored higher, and goes to that of all scored at least as high.
+
+    Example:
+        >>> precision_areas(torch.tensor([[3.0], [2.0]]), torch.tensor([[False], [True]]))
+        (tensor([0.5000], dtype=torch.float64), tensor([0.2500], dtype=torch.float64))
+    """
+    ordered = logits.T.contiguous().sort(1).values
+    n, step, trapezoid = len(logits), [], []
+    for scores, column, chosen in zip(ordered, logits.T, positive.T, strict=True):
+        own = column[chosen].sort().values
+        if not len(own):
+            step.append(math.nan)
+            trapezoid.append(math.nan)
+            continue
+        reached, before = (
+            ((len(own) - _rank(own, own, right)) / (n - _rank(scores, own, right)))
+            for right in (False, True)
+        )
+        before = before.nan_to_num(1.0)  # 0 / 0: the curve begins at precision 1
+        step.append(float(reached.mean()))
+        trapezoid.append(float((reached + before).mean() / 2))
+    return torch.tensor(step, dtype=torch.float64), torch.tensor(trapezoid, dtype=torch.float64)
+
+
+def _rank(ordered: Tensor, values: Tensor, right: bool) -> Tensor:
+    return torch.searchsorted(ordered, values, right=right).cpu().double()
 
 
 def multilabel_map(
@@ -175,9 +191,10 @@ def tail_curve(
         raise InputError(f"grid={list(grid)}; every j has to lie in [0, {classes - 1}]")
     keep = torch.ones(len(labels), dtype=torch.bool) if include_unlabelled else labels.any(1)
     _note_unlabelled(keep)
+    first = _most_frequent(labels, order)
     rows = []
     for j in grid:
-        chosen = keep & ~labels[:, order[:j]].any(1)
+        chosen = keep & (first >= j)
         rows.append({"j": j, **_metrics(id_scores[chosen.to(id_scores.device)], ood_scores, rule)})
     empty = [row["j"] for row in rows if row["n"] == 0]
     if empty:
@@ -236,10 +253,16 @@ def sample_buckets(
     labels = labels.cpu() > 0.5 if labels.is_floating_point() else labels.cpu()
     order = _order(labels, class_counts, order_by)
     classes = len(order)
-    first = labels[:, order].to(torch.uint8).argmax(1)
+    first = _most_frequent(labels, order)
     bucket = torch.where(first < round(classes / 3), 0, 1)
     bucket = torch.where(first >= round(2 * classes / 3), 2, bucket)
     return torch.where(labels.any(1), bucket, -1)
+
+
+def _most_frequent(labels: Tensor, order: list[int]) -> Tensor:
+    """The place in `order` of each sample's most frequent label; C without a label."""
+    first = labels[:, order].to(torch.uint8).argmax(1)
+    return torch.where(labels.any(1), first, len(order))
 
 
 def _check_rows(id_scores: Tensor, targets: Tensor) -> Tensor:
