@@ -1,0 +1,66 @@
+"""Loading of pipelines by diffusers' own loader."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffeat.presets import MODELS
+from shared_core.errors import InputError, MissingExtraError
+
+
+def load_pipeline(
+    model: str,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    revision: str | None,
+    lora: str | None,
+) -> Any:
+    """A diffusers pipeline by hub id, folder or short name; LoRA weights loaded into it.
+
+    Raises:
+        InputError: If it cannot be found or read.
+        MissingExtraError: If its text towers need transformers.
+    """
+    from diffusers import DiffusionPipeline
+
+    source = MODELS.get(model, model)
+    folder = Path(source)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise InputError(f"{source} is no pipeline folder: it has no model_index.json")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            source, torch_dtype=dtype or torch.float32, variant=variant, revision=revision
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{source} cannot be loaded: {reason}") from error
+    except (ImportError, AttributeError) as error:
+        raise MissingExtraError("diffeat", "text", "transformers") from error
+    pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+    return pipe
+
+
+def load_backbone_config(model: str, revision: str | None = None) -> Any:
+    """The backbone of a pipeline on the ``meta`` device: its configuration, no weights.
+
+    Raises:
+        InputError: If there is no configuration.
+    """
+    import diffusers
+
+    source = MODELS.get(model, model)
+    for part in ("unet", "transformer"):
+        try:
+            config = diffusers.ConfigMixin.load_config(source, subfolder=part, revision=revision)
+        except (OSError, ValueError):
+            continue
+        backbone = getattr(diffusers, config["_class_name"])
+        with torch.device("meta"):
+            return backbone.from_config(config)
+    raise InputError(
+        f"{source}: no configuration of a unet or transformer; give a hub id that you can reach, or "
+        "a pipeline folder"
+    )
