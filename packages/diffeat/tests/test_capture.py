@@ -246,7 +246,9 @@ def test_recorder_keeps_chosen_steps(sd15: nn.Module, call: dict[str, Any]) -> N
 def test_activation_checkpointing_fires_hooks_once(tiny: Any, call: dict[str, Any]) -> None:
     model = tiny("sd15").train()
     model.enable_gradient_checkpointing()
-    with capture(model, ["mid-vit-out", "up-level1-repeat0-res-out"], stop=False, detach=False) as c:
+    with capture(
+        model, ["mid-vit-out", "up-level1-repeat0-res-out"], stop=False, detach=False
+    ) as c:
         model(**call).sample.sum().backward()
     model.disable_gradient_checkpointing()
     with torch.no_grad(), capture(model, ["mid-vit-out"]) as plain:

@@ -146,7 +146,9 @@ def test_every_activation_of_every_family(name: str) -> None:
         torch.testing.assert_close(both, torch.ones_like(both), atol=1e-5, rtol=1e-5)
     prediction = fx.predict(latents, 50, prompt, **options)
     assert prediction.shape == latents.shape
-    again = fx(latents=latents[1:], prompt=prompt, ids=[1], **{k: v[1:] for k, v in options.items()})
+    again = fx(
+        latents=latents[1:], prompt=prompt, ids=[1], **{k: v[1:] for k, v in options.items()}
+    )
     for key, value in again.items():
         torch.testing.assert_close(value, found[key][1:], atol=1e-4, rtol=1e-4)
 
@@ -175,7 +177,14 @@ def test_flux_packs_as_its_pipeline_does() -> None:
     x = torch.randn(2, 4, 8, 12)
     assert prompt is not None
     given = _families.arguments(
-        model, x, 50.0, prompt.expand(2), labels=None, added=None, image_size=(64, 96), aesthetic=False
+        model,
+        x,
+        50.0,
+        prompt.expand(2),
+        labels=None,
+        added=None,
+        image_size=(64, 96),
+        aesthetic=False,
     )
     assert torch.equal(given["hidden_states"], FluxPipeline._pack_latents(x, 2, 4, 8, 12))
     ids = FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)

@@ -96,9 +96,11 @@ def test_list_equals_a_real_forward(name: str, request: pytest.FixtureRequest) -
     seen: list[tuple[str, torch.Size]] = []
     handles = []
     for info in infos:
+
         def hook(m: nn.Module, a: Any, out: Any, key: str = info.name) -> None:
             out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
             seen.append((key, out.shape))
+
         handles.append(model.get_submodule(info.module_path).register_forward_hook(hook))  # fmt: skip
     extra = {"text_embeds": torch.zeros(1, 8), "time_ids": torch.zeros(1, 6)}
     with torch.no_grad():

@@ -60,8 +60,8 @@ def arguments(
     """
     model = unwrap(model)
     kind, batch, device = family(model), x_t.shape[0], x_t.device
-    flow = kind in ("sd3", "flux")
-    times = torch.full((batch,), time, device=device, dtype=x_t.dtype if flow else torch.long)
+    dtype = x_t.dtype if kind in ("sd3", "flux", "hunyuan") else torch.long
+    times = torch.full((batch,), time, device=device, dtype=dtype)
     if kind not in ("pixel", "dit") and embedding is None:
         raise InputError(f"{type(model).__name__} needs a prompt; pass prompt='...'")
     if kind in ("pixel", "dit"):
@@ -144,7 +144,7 @@ def _hunyuan(model: Any, x_t: Tensor, size: tuple[int, int]) -> dict[str, Any]:
         meta = torch.tensor(
             [[height, width, height, width, 0, 0]], dtype=x_t.dtype, device=x_t.device
         )
-        found["image_meta_size"] = meta.expand(batch, -1)
+        found["image_meta_size"] = meta.repeat(batch, 1)
         found["style"] = torch.zeros(batch, dtype=torch.long, device=x_t.device)
     return found
 
@@ -163,9 +163,7 @@ def _flux(model: Any, x_t: Tensor, times: Tensor, embedding: PromptEmbedding) ->
         "encoder_hidden_states": embedding.states,
         "pooled_projections": _pooled(model, embedding),
         "img_ids": ids.flatten(0, 1),
-        "txt_ids": torch.zeros(
-            embedding.states.shape[1], 3, device=x_t.device, dtype=x_t.dtype
-        ),
+        "txt_ids": torch.zeros(embedding.states.shape[1], 3, device=x_t.device, dtype=x_t.dtype),
     }
     if model.config.guidance_embeds:
         found["guidance"] = torch.full((batch,), 1.0, device=x_t.device, dtype=x_t.dtype)

@@ -37,7 +37,7 @@ class _Spy(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in (torch.Tensor.softmax, torch.softmax) and result.ndim == 3:
             self._check(result.shape[0] // self.heads, *result.shape[1:], result.element_size())
-            self.maps.append(result.unflatten(0, (-1, self.heads)))
+            self.maps.append(result)
         return result
 
     def _check(self, batch: int, queries: int, keys: int, itemsize: int) -> None:
@@ -96,7 +96,8 @@ def spied(attention: Any, name: str, sink: Sink, *, limit: int | None = LIMIT) -
                     f"{name}: {type(original).__name__} made {len(spy.maps)} softmax attentions "
                     "in a call instead of one; set AttnProcessor2_0 with set_attn_processor"
                 )
-            sink(spy.maps[0])
+            found = spy.maps[0]
+            sink(found.unflatten(0, (-1, attention.heads)) if found.ndim == 3 else found)
             return result
 
     wrapper = MapProcessor()

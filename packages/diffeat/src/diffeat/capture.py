@@ -90,7 +90,9 @@ class Capture:
             self._hook(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
             for path in {info.grid for info in self.sources} - {""}:
                 module = self.model.get_submodule(path)
-                self._hook(module.register_forward_pre_hook(self._read_grid(path), with_kwargs=True))
+                self._hook(
+                    module.register_forward_pre_hook(self._read_grid(path), with_kwargs=True)
+                )
             spied_at: dict[str, list[ActivationInfo]] = {}
             for info in self.sources:
                 module = self.model.get_submodule(info.module_path)
@@ -310,7 +312,9 @@ def attention_sources(model: nn.Module) -> list[ActivationInfo]:
         if info.stage == "up" and info.kind == "cross-map" and info.reduction in (2, 4)
     ]
     if not found:
-        raise InputError(f"{type(model).__name__} has no cross-attention in the up stage for 'attn'")
+        raise InputError(
+            f"{type(model).__name__} has no cross-attention in the up stage for 'attn'"
+        )
     return found
 
 

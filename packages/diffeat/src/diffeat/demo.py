@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffeat.extractor import FeatureExtractor
-from diffeat.measure import hf_ratio, noise_ratio
+from diffeat.measure import hf_ratio, noise_ratio, pca_image
 from diffeat.naming import list_activations
+from diffeat.plots import plot_depth, plot_pca, plot_ranking
 from diffeat.prompts import PromptEmbedding
 from diffeat.ranking import rank
 from shared_core.data.shapes import ShapesWorld
@@ -31,8 +32,11 @@ __all__ = [
     "PixelUnshuffleVAE",
     "ShapesText",
     "build_extractor",
+    "figures",
     "load_backbone",
+    "look_into",
     "measure_depth",
+    "run_probes",
     "save_backbone",
     "shapes_data",
     "train_backbone",
@@ -61,8 +65,8 @@ class DemoSettings:
     """
 
     images: int = 1500
-    steps: int = 150
-    batch_size: int = 24
+    steps: int = 120
+    batch_size: int = 16
     lr: float = 2e-3
     drop: float = 0.3
     train: int = 100
@@ -216,7 +220,9 @@ def train_backbone(
         level = abar[t].float().view(-1, 1, 1, 1).to(device)
         x_t = level.sqrt() * clean + (1 - level).sqrt() * noise
         dropped = torch.rand(s.batch_size, generator=generator) < s.drop
-        words = ["" if d else captions[i] for i, d in zip(rows.tolist(), dropped.tolist(), strict=True)]
+        words = [
+            "" if d else captions[i] for i, d in zip(rows.tolist(), dropped.tolist(), strict=True)
+        ]
         loss = F.mse_loss(unet(x_t, t.to(device), text(words).states).sample, noise)
         optimizer.zero_grad()
         loss.backward()
@@ -259,7 +265,7 @@ def load_backbone(folder: Path) -> FeatureExtractor:
 
 
 def measure_depth(
-    fx: FeatureExtractor, images: Tensor, t: int = 50, *, seed: int = 0
+    fx: FeatureExtractor, images: Any, t: int = 50, *, seed: int = 0, prompt: Any = ""
 ) -> list[dict[str, Any]]:
     """Noise and granularity of every activation, from two draws of noise.
 
@@ -270,7 +276,7 @@ def measure_depth(
     before = fx.layers
     fx.layers = [i.name for i in infos]
     try:
-        a, b = (fx(images, "", t, seed=seed + draw) for draw in (0, 1))
+        a, b = (fx(images, prompt, t, seed=seed + draw) for draw in (0, 1))
     finally:
         fx.layers = before
     return [
@@ -290,13 +296,76 @@ def measure_depth(
 def run_probes(
     fx: FeatureExtractor, s: DemoSettings, timesteps: Sequence[int], seed: int, **options: Any
 ) -> list[dict[str, Any]]:
-    """mIoU of ridge probes on every activation, with the empty prompt."""
+    """MIoU of ridge probes on every activation, with the empty prompt."""
     train, test = (shapes_data(n, split, seed)[:2] for n, split in
                    ((s.train, "validation"), (s.test, "test")))  # fmt: skip
     return rank(
         fx, train, test, classes=CLASSES, timesteps=timesteps, prompt="", batch_size=20, seed=seed,
         **options,
     )  # fmt: skip
+
+
+def look_into(
+    fx: FeatureExtractor, s: DemoSettings, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Curves over depth, and probes of the trained and of an untrained network.
+
+    Returns:
+        ``depth``, ``ranking``, ``ranking_equal_width``, ``best``, ``table`` and ``message``.
+    """
+    images, _, _ = shapes_data(s.measured, "test", seed)
+    depth = measure_depth(fx, images, 50, seed=seed)
+    trained = run_probes(fx, s, s.timesteps, seed)
+    equal = run_probes(fx, s, [50], seed, components=s.components)
+    untrained = build_extractor(seed)
+    untrained.backbone.to(device)
+    random = run_probes(untrained, s, [50], seed)
+    at_50 = [r for r in trained if r["t"] == 50]
+    best = {
+        "trained": at_50[0]["miou"],
+        "random": random[0]["miou"],
+        "latent": next(r["miou"] for r in at_50 if r["name"] == "unet-in"),
+        "trained_any_t": trained[0]["miou"],
+    }
+    noise = {r["name"]: r for r in depth}
+    equal_rank = {r["name"]: i + 1 for i, r in enumerate(equal)}
+    table = [
+        {
+            "activation": r["name"],
+            "channels": r["channels"],
+            "mIoU": round(r["miou"], 3),
+            "90 %": f"{r['low']:.3f} to {r['high']:.3f}",
+            "rank of equal width": equal_rank[r["name"]],
+            "noise": round(noise[r["name"]]["noise"], 2) if r["name"] in noise else None,
+        }
+        for r in at_50[:10]
+    ]
+    return {
+        "depth": depth,
+        "ranking": trained,
+        "ranking_equal_width": equal,
+        "best": best,
+        "table": table,
+        "message": tell(depth, best),
+    }
+
+
+def figures(fx: FeatureExtractor, result: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """The demo's pictures, by name."""
+    images, _, _ = shapes_data(6, "test", seed)
+    before = fx.layers
+    fx.layers = [
+        "unet-in", "down-level1-repeat0-vit-out", "up-level0-upsampler-out",
+        "up-level1-repeat1-vit-out", "up-level2-repeat1-vit-out",
+    ]  # fmt: skip
+    found = fx(images, "", 50, seed=seed)
+    fx.layers = before
+    at_50 = [r for r in result["ranking"] if r["t"] == 50]
+    return {
+        "depth": plot_depth(result["depth"]),
+        "ranking": plot_ranking(at_50),
+        "pca": plot_pca(images, {name: pca_image(v) for name, v in found.items()}),
+    }
 
 
 def tell(depth: Sequence[dict[str, Any]], best: dict[str, float]) -> str:

@@ -342,9 +342,11 @@ class FeatureExtractor:
         if len(names) != batch:
             raise InputError(f"{len(names)} ids for {batch} images")
         if noise == "shared":
-            return seeded_noise(["shared"], latents.shape[1:], seed=seed, draw=draw).to(
-                latents
-            ).expand_as(latents)
+            return (
+                seeded_noise(["shared"], latents.shape[1:], seed=seed, draw=draw)
+                .to(latents)
+                .expand_as(latents)
+            )
         return seeded_noise(names, latents.shape[1:], seed=seed, draw=draw).to(latents)
 
     def _arguments(
@@ -409,9 +411,7 @@ class FeatureExtractor:
         """
         names = self._layers if layers is None else Selection.parse(layers).resolve(self.backbone)
         wanted = [name for name in names if name != VAE]
-        given = self._arguments(
-            x_t, t, prompt, class_labels, added, residuals, backbone_kwargs
-        )
+        given = self._arguments(x_t, t, prompt, class_labels, added, residuals, backbone_kwargs)
         if not wanted:
             return Features({})
         cap = Capture(self.backbone, wanted, stop=stop, detach=not self._training)
@@ -431,9 +431,7 @@ class FeatureExtractor:
         backbone_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The model's full prediction ``[B, C, h, w]`` at x_t; arguments as in `run`."""
-        given = self._arguments(
-            x_t, t, prompt, class_labels, added, residuals, backbone_kwargs
-        )
+        given = self._arguments(x_t, t, prompt, class_labels, added, residuals, backbone_kwargs)
         with nullcontext() if self._training else torch.no_grad():
             output = self.backbone(**given)
         return _families.unpack(self.backbone, output, x_t)
@@ -558,7 +556,9 @@ class FeatureExtractor:
         drawn = self.make_noise(latents, noise, ids=ids, seed=seed, draw=draw)
         return latents if drawn is None else self.schedule.add_noise(latents, drawn, t)
 
-    def stop_fraction(self, size: int | tuple[int, int] | None = None, prompt: Prompt = None) -> float:
+    def stop_fraction(
+        self, size: int | tuple[int, int] | None = None, prompt: Prompt = None
+    ) -> float:
         """Share of the backbone's floating-point operations that run before the forward stops.
 
         Args:

@@ -36,7 +36,9 @@ def paper_candidates(model: nn.Module) -> list[str]:
     up = [info for info in list_activations(model) if info.stage == "up"]
     levels = max((info.level or 0 for info in up), default=-1) + 1
     blocks = {
-        level: max((i.block or 0 for i in up if i.level == level and i.block is not None), default=-1)
+        level: max(
+            (i.block or 0 for i in up if i.level == level and i.block is not None), default=-1
+        )
         for level in range(levels)
     }
     if levels == 3 and [blocks[i] for i in range(3)] == [9, 1, -1]:

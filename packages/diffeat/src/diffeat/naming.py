@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from diffeat.errors import ActivationNotFound, UnsupportedBackbone
@@ -111,7 +110,9 @@ def _attention(
     yield ActivationInfo(f"{kind}-map", path, f"{kind}-map", source="map", **at)
 
 
-def _basic_block(path: str, block: Any, number: int, at: dict[str, Any]) -> Iterator[ActivationInfo]:
+def _basic_block(
+    path: str, block: Any, number: int, at: dict[str, Any]
+) -> Iterator[ActivationInfo]:
     """The activations of one basic block (self-attention, cross-attention, feed-forward)."""
     at = {**at, "block": number}
     width = _base(block.ff.net[-1]).out_features
@@ -161,7 +162,8 @@ def _resampler(path: str, module: Any, kind: str, at: dict[str, Any]) -> Iterato
     if hasattr(module, "conv2"):
         for info in _resnet(path, module, at):
             suffix = info.kind.removeprefix("res-")
-            yield replace(info, name=f"{kind}-{suffix}", kind=f"{kind}-{suffix}")
+            if suffix != "in":
+                yield replace(info, name=f"{kind}-{suffix}", kind=f"{kind}-{suffix}")
         return
     width = getattr(module, "out_channels", None) or module.channels
     yield ActivationInfo(f"{kind}-out", path, f"{kind}-out", channels=width, **at)
@@ -217,9 +219,7 @@ def _unet(model: Any) -> Iterator[ActivationInfo]:
             if r < len(vits) and vits[r] is not None:
                 width = _base(resnet.conv2).out_channels
                 prefix = "mid-vit-" if r == 0 else f"mid-repeat{r}-vit-"
-                yield from _prefixed(
-                    prefix, _vit(f"mid_block.attentions.{r}", vits[r], width, at)
-                )
+                yield from _prefixed(prefix, _vit(f"mid_block.attentions.{r}", vits[r], width, at))
     for level, block in enumerate(model.up_blocks):
         path = f"up_blocks.{level}"
         yield from _level(path, block, "up", level, reduction)
@@ -331,9 +331,7 @@ def list_activations(
         (165, 'down-level0-repeat0-res-out')
     """
     found = [
-        info
-        for info in _all(model)
-        if (maps or info.source != "map") and (extra or not info.extra)
+        info for info in _all(model) if (maps or info.source != "map") and (extra or not info.extra)
     ]
     if pattern is None:
         return found

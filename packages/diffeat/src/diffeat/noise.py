@@ -91,7 +91,7 @@ class Schedule:
         return 1 - s, s
 
     def flow_time(self, t: int) -> float:
-        """s of a flow at t."""
+        """S of a flow at t."""
         s = t / self.steps
         shift = float(getattr(self.scheduler.config, "shift", 1.0)) if self.shift_timesteps else 1.0
         return shift * s / (1 + (shift - 1) * s)

@@ -332,9 +332,9 @@ def nn_correspondence(
 def pck(
     predicted: Float[Tensor, "N 2"],
     true: Float[Tensor, "N 2"],
-    reference: Float[Tensor, "N"] | float,  # noqa: F821
+    reference: Float[Tensor, "N"] | float,
     alpha: float = 0.1,
-) -> Bool[Tensor, "N"]:  # noqa: F821
+) -> Bool[Tensor, "N"]:
     """Which keypoints are correct: within alpha times a reference length of the truth.
 
     The paper averages over the keypoints of all pairs pooled.

@@ -55,9 +55,7 @@ class PromptEmbedding:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "PromptEmbedding":
         """Moved, and floating parts converted."""
-        return self._each(
-            lambda x: x.to(device, dtype) if x.is_floating_point() else x.to(device)
-        )
+        return self._each(lambda x: x.to(device, dtype) if x.is_floating_point() else x.to(device))
 
 
 class PipelineText:

@@ -1,6 +1,7 @@
 """Rank activations by a probe in one pass over the data, without storing a feature."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def rank(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """mIoU of a ridge probe on every candidate, from one pass over each set and timestep.
+    """MIoU of a ridge probe on every candidate, from one pass over each set and timestep.
 
     Args:
         fx: The extractor; its own layers do not matter.
@@ -88,7 +89,17 @@ def rank(
     try:
         for t in timesteps:
             rows += _rank_at(
-                fx, train, test, t, classes, prompt, batch_size, penalty, components, bootstrap, seed
+                fx,
+                train,
+                test,
+                t,
+                classes,
+                prompt,
+                batch_size,
+                penalty,
+                components,
+                bootstrap,
+                seed,
             )
     finally:
         fx.layers = before
@@ -108,9 +119,7 @@ def _rank_at(
     bootstrap: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    probes = {
-        n: LinearProbe(classes, penalty=penalty, components=components) for n in fx.layers
-    }
+    probes = {n: LinearProbe(classes, penalty=penalty, components=components) for n in fx.layers}
     channels: dict[str, int] = {}
     steps = -(-len(train[0]) // batch_size) - (-len(test[0]) // batch_size)
     with progress(total=steps, description=f"ranking at t={t}", unit="batch") as bar:
@@ -142,3 +151,33 @@ def _rank_at(
             }
         )
     return rows
+
+
+def load_labelled(
+    samples: Sequence[tuple[str, Any]], folder: Path, fx: FeatureExtractor, test_share: float
+) -> tuple[LabelledImages, LabelledImages]:
+    """Images and their label PNGs as a training and a test set, at the extractor's size.
+
+    Raises:
+        InputError: If a label map is missing or either set would be empty.
+    """
+    import numpy as np
+    from PIL import Image
+
+    maps = []
+    for name, _ in samples:
+        file = (folder / name).with_suffix(".png")
+        if not file.is_file():
+            raise InputError(f"there is no label map {file} for the image {name}")
+        with Image.open(file) as image:
+            if image.mode not in ("L", "P", "I;16", "I"):
+                raise InputError(f"{file} is {image.mode}; accepted: one channel of class numbers")
+            size = fx.size and (fx.size[1], fx.size[0])
+            image = image.resize(size, Image.Resampling.NEAREST) if size else image
+            maps.append(torch.from_numpy(np.array(image).astype("int64")))
+    cut = round(len(samples) * (1 - test_share))
+    if not 0 < cut < len(samples):
+        raise InputError(f"--test-share {test_share} of {len(samples)} images leaves an empty set")
+    pixels = ((fx.pixels([image for _, image in samples]) + 1) * 127.5).round().to(torch.uint8)
+    labels = torch.stack(maps)
+    return (pixels[:cut], labels[:cut]), (pixels[cut:], labels[cut:])

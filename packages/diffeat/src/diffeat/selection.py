@@ -21,7 +21,7 @@ __all__ = ["ATTENTION", "VAE", "Layers", "Selection"]
 ATTENTION = "attn"  # the cross-attention maps of the up stage, joined into one feature
 VAE = "vae-out"  # the clean latent, which no backbone module gives
 
-Layers = Union[str, os.PathLike[str], Sequence[str], Mapping[str, bool], "Selection"]  # noqa: UP007
+Layers = Union[str, os.PathLike[str], Sequence[str], Mapping[str, bool], "Selection"]
 
 
 @dataclass(frozen=True)
