@@ -55,8 +55,8 @@ def test_paper_candidates(name: str, count: int) -> None:
 
 
 def test_paper_candidates_refuses_other_layouts() -> None:
-    model = build_topology("sd15", block_out_channels=(320, 640), down_block_types=("DownBlock2D",) * 2,
-                           up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    changes = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model = build_topology("sd15", block_out_channels=(320, 640), **changes)
     with pytest.raises(InputError, match="auto_candidates"):
         paper_candidates(model)
 
@@ -101,7 +101,7 @@ def test_list_equals_a_real_forward(name: str, request: pytest.FixtureRequest) -
             out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
             seen.append((key, out.shape))
 
-        handles.append(model.get_submodule(info.module_path).register_forward_hook(hook))  # fmt: skip
+        handles.append(model.get_submodule(info.module_path).register_forward_hook(hook))
     extra = {"text_embeds": torch.zeros(1, 8), "time_ids": torch.zeros(1, 6)}
     with torch.no_grad():
         model(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 5, 8), added_cond_kwargs=extra)

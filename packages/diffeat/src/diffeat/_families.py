@@ -16,7 +16,7 @@ def _config(model: Any, name: str, default: Any = None) -> Any:
 
 
 def family(model: Any) -> str:
-    """``unet`` (with text), ``pixel`` (without), ``dit``, ``pixart``, ``hunyuan``, ``sd3``, ``flux``."""
+    """One of unet (with text), pixel (without), dit, pixart, hunyuan, sd3, flux."""
     model = unwrap(model)
     classes = {c.__name__ for c in type(model).__mro__}
     for name, key in (
@@ -119,7 +119,7 @@ def _pixart_conditions(model: Any, x_t: Tensor, size: tuple[int, int]) -> dict[s
     if not getattr(model, "use_additional_conditions", False):
         return {"resolution": None, "aspect_ratio": None}
     height, width = size
-    like = {"dtype": x_t.dtype, "device": x_t.device}
+    like: dict[str, Any] = {"dtype": x_t.dtype, "device": x_t.device}
     return {
         "resolution": torch.tensor([[height, width]], **like).expand(x_t.shape[0], -1),
         "aspect_ratio": torch.tensor([[height / width]], **like).expand(x_t.shape[0], -1),
@@ -175,6 +175,6 @@ def unpack(model: Any, output: Any, x_t: Tensor) -> Tensor:
     value: Tensor = output[0] if isinstance(output, tuple) else output.sample
     if family(model) == "flux":
         rows, columns = (side // 2 for side in x_t.shape[-2:])
-        value = value.transpose(1, 2).unflatten(2, (rows, columns))
+        value = value.transpose(1, 2).reshape(len(x_t), -1, rows, columns)
         value = torch.nn.functional.pixel_shuffle(value, 2)
     return value[:, : x_t.shape[1]]

@@ -61,6 +61,6 @@ def load_backbone_config(model: str, revision: str | None = None) -> Any:
         with torch.device("meta"):
             return backbone.from_config(config)
     raise InputError(
-        f"{source}: no configuration of a unet or transformer; give a hub id that you can reach, or "
-        "a pipeline folder"
+        f"{source}: no configuration of a unet or transformer; give a reachable hub id, or a "
+        "pipeline folder"
     )

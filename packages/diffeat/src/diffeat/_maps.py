@@ -36,7 +36,8 @@ class _Spy(TorchFunctionMode):
             self.maps.append(self._probabilities(*args, **kwargs))
         result = func(*args, **kwargs)
         if func in (torch.Tensor.softmax, torch.softmax) and result.ndim == 3:
-            self._check(result.shape[0] // self.heads, *result.shape[1:], result.element_size())
+            batch = result.shape[0] // self.heads
+            self._check(batch, result.shape[1], result.shape[2], result.element_size())
             self.maps.append(result)
         return result
 

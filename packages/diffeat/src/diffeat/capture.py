@@ -195,7 +195,8 @@ class Capture:
             return value.transpose(1, 2).unsqueeze(2)
         rows, columns = self._grids[info.grid]
         # Where a block joins text and image tokens in one sequence, the image comes last.
-        return value[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+        tokens = value[:, -rows * columns :].transpose(1, 2)
+        return tokens.reshape(*tokens.shape[:2], rows, columns)
 
     def _maps(self, group: list[ActivationInfo]) -> Callable[[Tensor], None]:
         def read(maps: Tensor) -> None:
@@ -206,7 +207,7 @@ class Capture:
                 part = part.mean(1) if self.heads == "mean" else part.transpose(2, 3).flatten(1, 2)
                 if self.heads == "mean":
                     part = part.transpose(1, 2)
-                self._keep(info, part.unflatten(2, self._grids[info.grid]))
+                self._keep(info, part.reshape(*part.shape[:2], *self._grids[info.grid]))
 
         return read
 
@@ -319,7 +320,7 @@ def attention_sources(model: nn.Module) -> list[ActivationInfo]:
 
 
 def join_attention(maps: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """Mean of the maps ``[B, L, h, w]`` of each size, enlarged and joined: ``[B, sizes L, H, W]``."""
+    """Mean of the maps ``[B, L, h, w]`` of each size, joined: ``[B, sizes L, H, W]``."""
     groups: dict[int, list[Tensor]] = {}
     for one in maps:
         groups.setdefault(one.shape[-1], []).append(one)

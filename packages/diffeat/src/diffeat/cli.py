@@ -287,12 +287,12 @@ def demo(
 @command(app)
 def rank(
     model: Model,
+    images: Annotated[Path, typer.Option("--images", help="Folder of training and test images.")],
+    labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs, same names.")],
+    classes: Annotated[int, typer.Option("--classes", help="Number of classes.", min=2)],
     candidates: Annotated[
         str, typer.Option("--candidates", help="paper, all, or layers as for extract.")
     ] = "all",
-    images: Path = typer.Option(..., "--images", help="Folder of training and test images."),
-    labels: Path = typer.Option(..., "--labels", help="Folder of label PNGs of the same names."),
-    classes: int = typer.Option(..., "--classes", help="Number of classes.", min=2),
     test_share: Annotated[
         float, typer.Option("--test-share", help="Share of images, from the end, to test on.")
     ] = 0.4,

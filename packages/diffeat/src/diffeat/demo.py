@@ -2,7 +2,7 @@
 
 A U-Net with the layout of Stable Diffusion (1.2 million parameters) learns to denoise images of the
 shapes world in latents of an exact "VAE" (pixel unshuffle). Then every activation is measured and
-probed: how noisy it is, how fine, and how well a linear classifier reads the segmentation out of it.
+probed: how noisy and how fine it is, and how well a linear classifier reads the segmentation out.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,7 +106,7 @@ class ShapesText(nn.Module):
         self.table = nn.Embedding(len(WORDS), WIDTH)
 
     def forward(self, prompts: Sequence[str]) -> PromptEmbedding:
-        """Embed prompts of the words ``a picture of circle square triangle``; others are skipped."""
+        """Embed prompts of ``a picture of circle square triangle``; other words are skipped."""
         rows = []
         for prompt in prompts:
             known = [WORDS.index(w) for w in prompt.split() if w in WORDS[1:]][:LENGTH]
@@ -225,7 +225,7 @@ def train_backbone(
         ]
         loss = F.mse_loss(unet(x_t, t.to(device), text(words).states).sample, noise)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         scheduler.step()
@@ -375,7 +375,7 @@ def tell(depth: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
     def mean(stage: str, part: slice = slice(None)) -> float:
         values = [r["noise"] for r in between if r["stage"] == stage]
         chosen = values[part]
-        return sum(chosen) / len(chosen)
+        return float(sum(chosen) / len(chosen))
 
     ups = len([r for r in between if r["stage"] == "up"])
     early, late = mean("up", slice(0, ups // 2)), mean("up", slice(ups // 2, None))
@@ -383,7 +383,7 @@ def tell(depth: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
     shape = "as the paper describes" if down > early < late else "unlike what the paper describes"
     return (
         f"Noise makes up {down:.0%} of the down stage's activations, {early:.0%} of the early and "
-        f"{late:.0%} of the late up stage's, {shape}. The best activation reads the segmentation "
-        f"with mIoU {best['trained']:.3f}, against {best['random']:.3f} in an untrained network and "
-        f"{best['latent']:.3f} from the raw latent."
+        f"{late:.0%} of the late up stage's, {shape}. The best activation reads the "
+        f"segmentation with mIoU {best['trained']:.3f}, against {best['random']:.3f} in an "
+        f"untrained network and {best['latent']:.3f} from the raw latent."
     )

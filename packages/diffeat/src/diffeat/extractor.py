@@ -1,6 +1,7 @@
 """Images in, named feature maps out: encode, add noise, run the backbone until all is there."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -446,7 +447,7 @@ class FeatureExtractor:
             raise InputError("inversion is defined for variance-preserving models")
         times = sorted({round(t * i / steps) for i in range(steps + 1)})
         x = latents
-        for now, following in zip(times[:-1], times[1:], strict=True):
+        for now, following in itertools.pairwise(times):
             output = self.predict(x, now, prompt).float()
             clean = self.schedule.predict_clean(x.float(), output, now)
             signal, scale = self.schedule.signal_and_noise(now)
@@ -582,11 +583,12 @@ class FeatureExtractor:
             with FlopCounterMode(display=False) as counter:
                 self.run(x, 0, prompt, stop=stop)
             counts.append(counter.get_total_flops())
-        return counts[0] / counts[1]
+        return float(counts[0] / counts[1])
 
     def identity(self) -> str:
         """A short hash of the backbone's configuration and weights, for caches."""
-        digest = hashlib.sha256(str(sorted(dict(self.backbone.config).items(), key=str)).encode())
+        config: Any = self.backbone.config
+        digest = hashlib.sha256(str(sorted(dict(config).items(), key=str)).encode())
         for name, p in self.backbone.named_parameters():
             some = p.detach().flatten()[:: max(1, p.numel() // 8)][:8].float().cpu()
             digest.update(name.encode() + some.numpy().tobytes())

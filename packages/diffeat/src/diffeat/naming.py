@@ -175,7 +175,7 @@ def _prefixed(prefix: str, found: Iterator[ActivationInfo]) -> Iterator[Activati
 
 
 def _level(path: str, block: Any, stage: str, level: int, reduction: int) -> Iterator[Any]:
-    at = {"stage": stage, "level": level, "reduction": reduction}
+    at: dict[str, Any] = {"stage": stage, "level": level, "reduction": reduction}
     vits = list(getattr(block, "attentions", None) or [])
     for r, resnet in enumerate(block.resnets):
         here = {**at, "repeat": r}
@@ -190,7 +190,7 @@ def _level(path: str, block: Any, stage: str, level: int, reduction: int) -> Ite
 
 def _unet(model: Any) -> Iterator[ActivationInfo]:
     conv_in = _base(model.conv_in)
-    first = {"reduction": 1}
+    first: dict[str, Any] = {"reduction": 1}
     yield ActivationInfo(
         "unet-in", "conv_in", "unet-in", source="input", channels=conv_in.in_channels, **first
     )
@@ -203,7 +203,7 @@ def _unet(model: Any) -> Iterator[ActivationInfo]:
         yield from _level(path, block, "down", level, reduction)
         for module in (getattr(block, "downsamplers", None) or [])[:1]:
             reduction *= 2
-            at = {"stage": "down", "level": level, "reduction": reduction}
+            at: dict[str, Any] = {"stage": "down", "level": level, "reduction": reduction}
             yield from _prefixed(
                 f"down-level{level}-",
                 _resampler(f"{path}.downsamplers.0", module, "downsampler", at),
@@ -237,7 +237,7 @@ def _dit(model: Any) -> Iterator[ActivationInfo]:
     field = "blocks" if hasattr(model, "blocks") else "transformer_blocks"
     blocks = getattr(model, field)
     width = _base(blocks[0].ff.net[-1]).out_features
-    at = {"stage": "vit", "reduction": model.config.patch_size}
+    at: dict[str, Any] = {"stage": "vit", "reduction": model.config.patch_size}
     yield ActivationInfo("vit-in", "pos_embed", "vit-in", channels=width, **at)
     for i, block in enumerate(blocks):
         yield from _prefixed(f"vit-block{i}-", _basic_block(f"{field}.{i}", block, i, at))
@@ -271,7 +271,7 @@ def _joint_block(path: str, block: Any, number: int, at: dict[str, Any]) -> Iter
 
 def _joint(model: Any) -> Iterator[ActivationInfo]:
     flux = _class(model) == "FluxTransformer2DModel"
-    at = {"stage": "vit", "reduction": 2 if flux else model.config.patch_size}
+    at: dict[str, Any] = {"stage": "vit", "reduction": 2 if flux else model.config.patch_size}
     first = "x_embedder" if flux else "pos_embed"
     width = _base(model.transformer_blocks[0].attn.to_q).in_features
     yield ActivationInfo("vit-in", first, "vit-in", channels=width, **at)
@@ -391,7 +391,8 @@ def alias(model: nn.Module, name: str) -> str:
 
     Example:
         >>> from diffeat.presets import build_topology
-        >>> alias(build_topology("sd15"), "unet-in"), alias(build_topology("sd15"), "module:conv_out")
+        >>> unet = build_topology("sd15")
+        >>> alias(unet, "unet-in"), alias(unet, "module:conv_out")
         ('module:conv_in@in', 'unet-out')
     """
     known = [info for info in _all(model) if info.source != "map"]

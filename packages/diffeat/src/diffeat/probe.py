@@ -1,7 +1,7 @@
 """Probes: what can be read out of features with little training.
 
-`LinearProbe` is a closed-form ridge classifier of positions, from sums alone; `PixelMLPEnsemble` the
-label-scarce protocol of DDPM-seg; `ConvCorrespondence` and `nn_correspondence` the semantic
+`LinearProbe` is a closed-form ridge classifier of positions, from sums alone; `PixelMLPEnsemble`
+the label-scarce protocol of DDPM-seg; `ConvCorrespondence` and `nn_correspondence` the semantic
 correspondence protocol of Meng et al. (appendix C.1).
 """
 
@@ -205,7 +205,9 @@ class PixelMLPEnsemble(nn.Module):
         patience: int = 50,
         seed: int = 0,
     ) -> "PixelMLPEnsemble":
-        """Train every network: Adam; from epoch 4 on, stop after `patience` batches without a new best.
+        """Train every network with Adam; stop after `patience` batches without a new best.
+
+        The patience counts from epoch 4 on, as published.
 
         Raises:
             InputError: If there are fewer than two labelled pixels.
@@ -221,12 +223,12 @@ class PixelMLPEnsemble(nn.Module):
             best, waited = float("inf"), 0
             for epoch in range(epochs):
                 order = torch.randperm(len(pixels), generator=generator).to(pixels.device)
-                for rows in order.split(batch_size):
+                for rows in torch.split(order, batch_size):
                     if len(rows) < 2:  # batch normalisation wants two
                         continue
                     loss = F.cross_entropy(member(pixels[rows]), labels[rows])
                     optimizer.zero_grad()
-                    loss.backward()
+                    loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                     value = float(loss.detach())
                     best, waited = (value, 0) if value < best else (best, waited + 1)
@@ -350,7 +352,8 @@ def pck(
         [True]
     """
     distance = (predicted - true).norm(dim=1)
-    return distance <= alpha * torch.as_tensor(reference, device=distance.device)
+    correct: Tensor = distance <= alpha * torch.as_tensor(reference, device=distance.device)
+    return correct
 
 
 def iou_of(confusion: Tensor | Sequence[Tensor]) -> float:

@@ -51,7 +51,9 @@ class PromptEmbedding:
         rows = self.states.shape[0]
         if rows not in (1, batch):
             raise InputError(f"{rows} prompts for {batch} images; give one, or one per image")
-        return self._each(lambda x: x if x.shape[0] == batch else x.expand(batch, *x.shape[1:]))
+        return self._each(
+            lambda x: x if x.shape[0] == batch else x.repeat(batch, *[1] * (x.ndim - 1))
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "PromptEmbedding":
         """Moved, and floating parts converted."""
@@ -59,7 +61,7 @@ class PromptEmbedding:
 
 
 class PipelineText:
-    """Encode prompts with the text towers of a diffusers pipeline, without classifier-free guidance.
+    """Encode prompts with the text towers of a diffusers pipeline, without guidance.
 
     Args:
         pipeline: A loaded pipeline with ``encode_prompt``.

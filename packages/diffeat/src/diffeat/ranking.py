@@ -169,7 +169,8 @@ def load_labelled(
         file = (folder / name).with_suffix(".png")
         if not file.is_file():
             raise InputError(f"there is no label map {file} for the image {name}")
-        with Image.open(file) as image:
+        with Image.open(file) as opened:
+            image: Image.Image = opened
             if image.mode not in ("L", "P", "I;16", "I"):
                 raise InputError(f"{file} is {image.mode}; accepted: one channel of class numbers")
             size = fx.size and (fx.size[1], fx.size[0])
