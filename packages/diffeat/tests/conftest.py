@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 
 from diffeat import FeatureExtractor, PromptEmbedding
@@ -67,6 +66,8 @@ def call(sd15: nn.Module) -> dict[str, Any]:
 @pytest.fixture
 def fx(sd15: nn.Module) -> FeatureExtractor:
     """An extractor on latents of the tiny SD1.5, with SD's noise schedule."""
+    from diffusers import DDIMScheduler
+
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )

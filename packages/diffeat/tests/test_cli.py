@@ -42,18 +42,16 @@ def test_demo_and_what_follows(run_cli: Run, monkeypatch: pytest.MonkeyPatch) ->
         [],
         bases=(demo.DemoSettings,),
         frozen=True,
-        namespace={"measured": 6},
+        namespace={"measured": 6, "__annotations__": {}},
     )
-    monkeypatch.setattr(demo, "DemoSettings", tiny)
-    monkeypatch.setattr(
-        dataclasses,
-        "replace",
-        lambda s, **c: type(s)(
-            **{**c, "steps": 2, "images": 20, "train": 6, "test": 4, "measured": 6}
-        ),
-    )
-    shown = run_cli(main, "demo", "--quick", "--json", "--out", "demo")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "DemoSettings", tiny)
+        patch.setattr(
+            dataclasses,
+            "replace",
+            lambda s, **c: type(s)(**{**c, "steps": 2, "images": 20, "train": 6, "test": 4}),
+        )
+        shown = run_cli(main, "demo", "--quick", "--json", "--out", "demo")
     assert shown.code == 0, shown.stderr
     written = json.loads(Path("demo/metrics.json").read_text())
     assert written["summary"] == json.loads(shown.stdout)["summary"]

@@ -1,6 +1,6 @@
 """Pictures: noise over depth, rankings, principal components."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 __all__ = ["plot_depth", "plot_pca", "plot_ranking"]
 
 BETWEEN = ("res-out", "vit-out", "upsampler-out", "downsampler-out")
+GROUPS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
+    ("between modules", lambda r: r["kind"] in BETWEEN),
+    ("self-attention q, k, v", lambda r: r["kind"].startswith("self-")),
+    ("cross-attention q", lambda r: r["kind"] == "cross-q"),
+    ("increments", lambda r: r["kind"] in ("res-increment", "ffn-inner")),
+)
 
 
 def plot_depth(rows: Sequence[dict[str, Any]]) -> "Figure":
@@ -29,12 +35,7 @@ def plot_depth(rows: Sequence[dict[str, Any]]) -> "Figure":
     ):
         for color, (label, chosen) in zip(
             COLORS,
-            (
-                ("between modules", lambda r: r["kind"] in BETWEEN),
-                ("self-attention q, k, v", lambda r: r["kind"].startswith("self-")),
-                ("cross-attention q", lambda r: r["kind"] == "cross-q"),
-                ("increments", lambda r: r["kind"] in ("res-increment", "ffn-inner")),
-            ),
+            GROUPS,
             strict=False,
         ):
             at = [i for i, row in enumerate(rows) if chosen(row)]
