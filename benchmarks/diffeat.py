@@ -2,7 +2,7 @@
 
 Run with ``nox -s bench -- diffeat``. All on one U-Net with the layout of SD1.5, narrowed so that a
 CPU can time it. The peer restates the authors' loop in the plainest way: the scheduler is copied
-and its 1,000 steps rebuilt in every call, the prompt doubled for guidance that is thrown away, hooks
+and its 1,000 steps rebuilt in every call, the prompt doubled for unused guidance, hooks
 on the wanted modules, and always the whole forward.
 """
 
