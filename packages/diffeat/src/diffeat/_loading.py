@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffeat.presets import MODELS
+from diffeat.presets import MODELS, PRESETS
 from shared_core.errors import InputError, MissingExtraError
 
 
@@ -64,3 +64,17 @@ def load_backbone_config(model: str, revision: str | None = None) -> Any:
         f"{source}: no configuration of a unet or transformer; give a reachable hub id, or a "
         "pipeline folder"
     )
+
+
+def native_size(layers: Any, backbone: Any, vae: Any) -> int | None:
+    """Side of the images that a preset, or else the model, is made for."""
+    if isinstance(layers, str) and layers in PRESETS:
+        preset = PRESETS[layers]
+        sample = getattr(backbone.config, "sample_size", None)
+        # A model that is smaller than the preset's own (a toy) keeps its size.
+        if not isinstance(sample, int) or sample * 8 >= preset.size:
+            return preset.size
+    sample = getattr(backbone.config, "sample_size", None)
+    if not isinstance(sample, int):
+        return None
+    return sample * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))

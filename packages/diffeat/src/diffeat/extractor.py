@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffeat import _families
-from diffeat._loading import load_pipeline
+from diffeat import _families, _images
+from diffeat._loading import load_pipeline, native_size
 from diffeat.capture import Capture
 from diffeat.features import Features
 from diffeat.naming import find_activation
@@ -136,7 +136,7 @@ class FeatureExtractor:
             layers=layers,
             vae=vae,
             text=PipelineText(pipe) if hasattr(pipe, "encode_prompt") else None,
-            size=size or _native_size(layers, backbone, vae),
+            size=size or native_size(layers, backbone, vae),
             aesthetic=bool(getattr(pipe.config, "requires_aesthetics_score", False)),
             pipeline=pipe,
             **options,
@@ -240,11 +240,11 @@ class FeatureExtractor:
         if isinstance(images, Image.Image):
             images = [images]
         if isinstance(images, Tensor):
-            x = _check_pixels(images, value_range)
+            x = _images.from_tensor(images, value_range)
             if self.size and tuple(x.shape[-2:]) != self.size:
                 x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
         else:
-            x = _from_pil(images, self.size)
+            x = _images.from_pil(images, self.size)
         step = self.vae_factor * _families.granularity(self.backbone)
         if x.shape[-2] % step or x.shape[-1] % step:
             raise InputError(
@@ -264,27 +264,7 @@ class FeatureExtractor:
         x = self.pixels(images, value_range).to(self.device)
         if self.vae is None:
             return x.to(self.dtype).float()
-        config = self.vae.config
-        dtype = next((p.dtype for p in self.vae.parameters()), torch.float32)
-        upcast = dtype == torch.float16 and bool(getattr(config, "force_upcast", False))
-        if upcast:  # SDXL's VAE overflows in half precision
-            self.vae.to(torch.float32)
-        try:
-            with torch.no_grad():
-                encoded = self.vae.encode(x.to(torch.float32 if upcast else dtype))
-        finally:
-            if upcast:
-                self.vae.to(dtype)
-        posterior = getattr(encoded, "latent_dist", None)
-        if posterior is None:
-            latents = encoded.latents if hasattr(encoded, "latents") else encoded
-        elif self.vae_sample:
-            latents = posterior.sample(torch.Generator(x.device).manual_seed(seed))
-        else:
-            latents = posterior.mode()
-        shift = getattr(config, "shift_factor", None) or 0.0
-        scaled: Tensor = (latents.float() - shift) * getattr(config, "scaling_factor", 1.0)
-        return scaled
+        return _images.encode(self.vae, x, sample=self.vae_sample, seed=seed)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` in [0, 1] of clean latents.
@@ -292,16 +272,7 @@ class FeatureExtractor:
         Raises:
             InputError: If the VAE has no decoder.
         """
-        if self.vae is None:
-            x = latents
-        else:
-            config = self.vae.config
-            shift = getattr(config, "shift_factor", None) or 0.0
-            dtype = next((p.dtype for p in self.vae.parameters()), torch.float32)
-            z = (latents / getattr(config, "scaling_factor", 1.0) + shift).to(dtype)
-            with torch.no_grad():
-                decoded = self.vae.decode(z)
-            x = decoded if isinstance(decoded, Tensor) else decoded.sample
+        x = latents if self.vae is None else _images.decode(self.vae, latents)
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
     def make_noise(
@@ -593,57 +564,3 @@ class FeatureExtractor:
             some = p.detach().flatten()[:: max(1, p.numel() // 8)][:8].float().cpu()
             digest.update(name.encode() + some.numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-def _native_size(layers: Layers, backbone: Any, vae: Any) -> int | None:
-    from diffeat.presets import PRESETS
-
-    if isinstance(layers, str) and layers in PRESETS:
-        preset = PRESETS[layers]
-        sample = getattr(backbone.config, "sample_size", None)
-        # A model that is smaller than the preset's own (a toy) keeps its size.
-        if not isinstance(sample, int) or sample * 8 >= preset.size:
-            return preset.size
-    sample = getattr(backbone.config, "sample_size", None)
-    if not isinstance(sample, int):
-        return None
-    return sample * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
-
-
-def _check_pixels(images: Tensor, value_range: str) -> Tensor:
-    if images.ndim == 3:
-        images = images.unsqueeze(0)
-    if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] != 3:
-        raise InputError(f"images are {list(images.shape)}; accepted: [B, 3, H, W], B at least 1")
-    if images.dtype == torch.uint8:
-        return images.float() / 127.5 - 1
-    if not images.is_floating_point():
-        raise InputError(f"images are {images.dtype}; accepted: uint8 or floating point")
-    if value_range not in ("0,1", "-1,1"):
-        raise InputError(f"value_range={value_range!r}; accepted: '0,1', '-1,1'")
-    images = images.float()
-    if not images.isfinite().all():
-        raise InputError("images hold NaN or infinite values")
-    lowest = 0.0 if value_range == "0,1" else -1.0
-    if images.max() > 1.5 or images.min() < lowest - 0.5:
-        raise InputError(
-            f"float images range from {images.min():.3g} to {images.max():.3g}; expected "
-            f"[{value_range}]: divide by 255, pass uint8, or value_range='-1,1'"
-        )
-    return images * 2 - 1 if value_range == "0,1" else images
-
-
-def _from_pil(images: Sequence[Image.Image], size: tuple[int, int] | None) -> Tensor:
-    import numpy as np
-
-    if not images:
-        raise InputError("there are no images")
-    rows = []
-    for image in images:
-        image = image.convert("RGB")
-        if size is not None:
-            image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        rows.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-    if len({row.shape for row in rows}) > 1:
-        raise InputError("images differ in size; pass size=(height, width) to the extractor")
-    return torch.stack(rows).float() / 127.5 - 1
