@@ -230,6 +230,7 @@ def test_half_precision(tiny: Any, call: dict[str, Any], dtype: torch.dtype) -> 
         assert (a - b).norm() / b.norm() < 2e-2
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @torch.no_grad()
 def test_recorder_keeps_chosen_steps(sd15: nn.Module, call: dict[str, Any]) -> None:
     with Recorder(sd15, ["mid-vit-out"], steps=[0, 2], cfg="cond") as record:

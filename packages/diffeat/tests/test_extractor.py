@@ -178,16 +178,16 @@ def tiny_pipeline(folder: Path, unet: Any) -> Path:
     )  # fmt: skip
     StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(**SD), safety_checker=None, feature_extractor=None,
+        scheduler=DDIMScheduler(**SD, steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder / "pipe")  # fmt: skip
     return folder / "pipe"
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("without_type_checks")
 def test_from_pretrained_on_a_saved_pipeline(tmp_path: Path, tiny: Any) -> None:
     folder = tiny_pipeline(tmp_path, tiny("sd15"))
-    fx = FeatureExtractor.from_pretrained(str(folder), layers=["sd15-legacy"][0])
+    fx = FeatureExtractor.from_pretrained(str(folder), layers="sd15-legacy")
     assert fx.size == (32, 32)
     assert fx.vae_factor == 2
     image = Image.new("RGB", (50, 40), (200, 30, 60))
@@ -230,6 +230,7 @@ def test_backbones_can_be_trained(tiny: Any) -> None:
     assert any(p.grad is not None for p in fx.backbone.parameters())
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_vae_out_and_features(fx: FeatureExtractor, tmp_path: Path) -> None:
     latents = torch.randn(1, 4, 16, 16)
     fx.layers = ["unet-in", "vae-out", "up-level1-upsampler-out"]

@@ -161,9 +161,8 @@ def test_selections(tmp_path: Any) -> None:
 
 def test_alias_goes_both_ways() -> None:
     model = build_topology("sd15")
-    for info in list_activations(model):
-        if info.name not in ("down-level0-downsampler-out",):
-            assert find_activation(model, alias(model, info.name)).module_path == info.module_path
+    for info in list_activations(model)[3::9]:
+        assert alias(model, alias(model, info.name)) == info.name
     address = alias(model, "up-level1-repeat2-res-out")
     assert address == "module:up_blocks.1.resnets.2"
     assert alias(model, address) == "up-level1-repeat2-res-out"

@@ -1,5 +1,6 @@
 """Loading of pipelines by diffusers' own loader."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ def load_pipeline(
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise InputError(f"{source} is no pipeline folder: it has no model_index.json")
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            source, torch_dtype=dtype or torch.float32, variant=variant, revision=revision
-        )
+        with warnings.catch_warnings():
+            # Newer releases say `dtype`, which the oldest one that we accept does not know.
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(
+                source, torch_dtype=dtype or torch.float32, variant=variant, revision=revision
+            )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{source} cannot be loaded: {reason}") from error

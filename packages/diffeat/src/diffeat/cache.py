@@ -25,6 +25,15 @@ def _file(folder: Path, sample: str) -> Path:
     return folder / "samples" / f"{name}.safetensors"
 
 
+def _say(prompt: Any) -> str | None:
+    """A prompt for the manifest: itself, or a hash of its embedding."""
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    states = prompt if isinstance(prompt, Tensor) else prompt.states
+    content = states.detach().float().cpu().contiguous().numpy().tobytes()
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
 def extract_to_disk(
     fx: FeatureExtractor,
     samples: Sequence[tuple[str, Any]],
@@ -46,7 +55,7 @@ def extract_to_disk(
         samples: Pairs of a name and an image (PIL, or a tensor ``[3, H, W]``). The name decides the
             noise, so that shards and batches do not matter.
         out: The folder.
-        batch_size: Images per forward.
+        batch_size: Images per forward. Run again with the same one the bytes are the same.
         prompt: One prompt for all, or its embedding.
         t: Timestep.
         seed: Of the noise.
@@ -71,7 +80,7 @@ def extract_to_disk(
     settings = {
         "backbone": fx.identity(),
         "layers": list(fx.layers),
-        "prompt": prompt if isinstance(prompt, str) else None,
+        "prompt": _say(prompt),
         "t": t,
         "seed": seed,
         "ensemble": ensemble,
@@ -89,10 +98,13 @@ def extract_to_disk(
             )
     else:
         write_json(manifest, settings)
-    mine = [s for s in samples[rank::world] if not _file(folder, s[0]).is_file()]
-    with progress(total=len(mine), description="extracting", unit="image") as bar:
-        for start in range(0, len(mine), batch_size):
-            part = mine[start : start + batch_size]
+    mine = samples[rank::world]
+    # A batch of which anything is missing runs again as it was: other companions would change the
+    # last bits of a feature.
+    parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    parts = [p for p in parts if not all(_file(folder, name).is_file() for name, _ in p)]
+    with progress(total=sum(map(len, parts)), description="extracting", unit="image") as bar:
+        for part in parts:
             images = [image for _, image in part]
             tensors = isinstance(images[0], Tensor)
             features = fx(
@@ -105,8 +117,9 @@ def extract_to_disk(
                 out_dtype=dtype,
             ).to("cpu")
             for row, (name, _) in enumerate(part):
-                one = Features({k: v[row : row + 1] for k, v in features.items()})
-                one.save(_file(folder, name))
+                if not _file(folder, name).is_file():
+                    one = Features({k: v[row : row + 1] for k, v in features.items()})
+                    one.save(_file(folder, name))
             bar.update(len(part))
     if rank == 0:
         write_json(folder / "index.json", names)

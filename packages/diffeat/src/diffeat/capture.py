@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffeat._maps import LIMIT, spied
 from diffeat.features import Features
-from diffeat.naming import ActivationInfo, find_activation, list_activations, unwrap
+from diffeat.naming import ActivationInfo, find_activations, list_activations, unwrap
 from diffeat.selection import ATTENTION, VAE, Layers, Selection
 from shared_core.errors import InputError
 
@@ -62,7 +62,7 @@ class Capture:
         self.stop, self.detach, self.dtype, self.device = stop, detach, dtype, device
         self.heads, self.limit = heads, None if allow_large else LIMIT
         self.on_complete = on_complete
-        infos = [find_activation(self.model, n) for n in self.names if n != ATTENTION]
+        infos = find_activations(self.model, [n for n in self.names if n != ATTENTION])
         self._attention = attention_sources(self.model) if ATTENTION in self.names else []
         self.sources = list({i.name: i for i in [*infos, *self._attention]}.values())
         self._refuse_fused()

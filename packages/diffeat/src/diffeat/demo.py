@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffeat.extractor import FeatureExtractor
-from diffeat.measure import hf_ratio, noise_ratio, pca_image
+from diffeat.measure import hf_ratio, locality, noise_ratio, pca_image
 from diffeat.naming import list_activations
 from diffeat.plots import plot_depth, plot_pca, plot_ranking
 from diffeat.prompts import PromptEmbedding
@@ -65,7 +65,7 @@ class DemoSettings:
     """
 
     images: int = 1500
-    steps: int = 120
+    steps: int = 300
     batch_size: int = 16
     lr: float = 2e-3
     drop: float = 0.3
@@ -267,10 +267,10 @@ def load_backbone(folder: Path) -> FeatureExtractor:
 def measure_depth(
     fx: FeatureExtractor, images: Any, t: int = 50, *, seed: int = 0, prompt: Any = ""
 ) -> list[dict[str, Any]]:
-    """Noise and granularity of every activation, from two draws of noise.
+    """Noise, granularity and locality of every activation, from two draws of noise.
 
     Returns:
-        Rows of ``name, kind, stage, level, noise, hf`` in order of execution.
+        Rows of ``name, kind, stage, level, noise, hf, locality`` in order of execution.
     """
     infos = list_activations(fx.backbone)
     before = fx.layers
@@ -287,6 +287,7 @@ def measure_depth(
             "level": i.level,
             "noise": noise_ratio(a[i.name], b[i.name]),
             "hf": hf_ratio(a[i.name]),
+            "locality": locality(a[i.name]),
         }
         for i in infos
         if min(a[i.name].shape[-2:]) >= 4

@@ -8,9 +8,10 @@ so that nothing here imports diffusers.
 
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -73,7 +74,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Example:
         >>> layer = nn.Linear(1, 1)
-        >>> unwrap(torch.compile(layer)) is layer
+        >>> unwrap(nn.DataParallel(layer)) is layer
         True
     """
     while True:
@@ -289,8 +290,21 @@ def _class(model: nn.Module) -> str:
     return next((c.__name__ for c in type(model).__mro__ if c.__name__ in known), "")
 
 
+# What was listed of a model, and the modules that it had then.
+_listed: WeakKeyDictionary[nn.Module, tuple[list[int], list[ActivationInfo]]] = WeakKeyDictionary()
+
+
 def _all(model: nn.Module) -> list[ActivationInfo]:
+    """Every activation; listed anew only when a module was added, replaced or removed."""
     model = unwrap(model)
+    modules = [id(module) for module in model.modules()]
+    known = _listed.get(model)
+    if known is None or known[0] != modules:
+        known = _listed[model] = (modules, _list(model))
+    return known[1]
+
+
+def _list(model: nn.Module) -> list[ActivationInfo]:
     if all(hasattr(model, part) for part in ("conv_in", "down_blocks", "up_blocks", "conv_out")):
         found = _unet(model)
     elif _class(model) in DITS:
@@ -375,12 +389,23 @@ def find_activation(model: nn.Module, name: str) -> ActivationInfo:
         >>> find_activation(build_topology("sd15"), "mid-vit-out").module_path
         'mid_block.attentions.0'
     """
-    if name.startswith("module:"):
-        return module_activation(model, name)
-    found = {info.name: info for info in _all(model)}
-    if name not in found:
-        raise ActivationNotFound(name, found)
-    return found[name]
+    return find_activations(model, [name])[0]
+
+
+def find_activations(model: nn.Module, names: Sequence[str]) -> list[ActivationInfo]:
+    """The activations with exactly these names; see `find_activation`."""
+    found: dict[str, ActivationInfo] = {}
+    if not all(name.startswith("module:") for name in names):
+        found = {info.name: info for info in _all(model)}
+    infos = []
+    for name in names:
+        if name.startswith("module:"):
+            infos.append(module_activation(model, name))
+        elif name in found:
+            infos.append(found[name])
+        else:
+            raise ActivationNotFound(name, found)
+    return infos
 
 
 def alias(model: nn.Module, name: str) -> str:

@@ -98,7 +98,7 @@ class Schedule:
 
     def model_time(self, t: int) -> float:
         """What the backbone is told: t itself, or 1000 s of a flow."""
-        return self.flow_time(t) * self.steps if self.flow else t
+        return self.flow_time(t) * self.steps if self.flow else float(t)
 
     def official_timestep(self, t: int) -> int:
         """The timestep that image-to-image plumbing with 1000 steps really runs when asked for t.

@@ -183,6 +183,13 @@ PRESETS: dict[str, Preset] = {
         3354,
         source="VPD, with its attention maps",
     ),
+    "hyperfeatures": Preset(
+        tuple(f"up-level{i}-repeat{r}-res-increment" for i in range(4) for r in range(3)),
+        "sd15",
+        512,
+        10560,
+        source="Diffusion Hyperfeatures, its layers at one timestep",
+    ),
     "dift-sd21": Preset(
         ("up-level1-upsampler-out",), "sd21", 768, 1280, t=261, ensemble=8, source="DIFT"
     ),

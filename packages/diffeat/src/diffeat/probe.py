@@ -356,9 +356,9 @@ def pck(
     return correct
 
 
-def iou_of(confusion: Tensor | Sequence[Tensor]) -> float:
-    """Mean IoU of summed confusion matrices, over classes that occur."""
-    total = confusion if isinstance(confusion, Tensor) else torch.stack(list(confusion)).sum(0)
-    hit = total.diagonal()
-    union = total.sum(0) + total.sum(1) - hit
-    return float((hit[union > 0] / union[union > 0]).mean())
+def iou_of(confusion: Float[Tensor, "*n K K"]) -> Float[Tensor, "*n"]:
+    """Mean IoU of confusion matrices, over the classes that occur in each."""
+    hit = confusion.diagonal(dim1=-2, dim2=-1)
+    union = confusion.sum(-1) + confusion.sum(-2) - hit
+    there = union > 0
+    return torch.where(there, hit / union.clamp_min(1e-12), 0.0).sum(-1) / there.sum(-1)

@@ -139,13 +139,13 @@ def _rank_at(
     rows = []
     for name, parts in tables.items():
         table = torch.cat(parts)
-        again = sorted(iou_of(table[rows_].sum(0)) for rows_ in drawn)
+        again = iou_of(table[drawn].sum(1)).sort().values.tolist()
         rows.append(
             {
                 "name": name,
                 "t": t,
                 "channels": channels[name],
-                "miou": iou_of(table.sum(0)),
+                "miou": float(iou_of(table.sum(0))),
                 "low": again[int(0.05 * bootstrap)] if bootstrap else None,
                 "high": again[int(0.95 * bootstrap)] if bootstrap else None,
             }
