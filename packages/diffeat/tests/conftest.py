@@ -1,6 +1,7 @@
 """Tiny models of every family, with the layout of the real ones."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +81,38 @@ def fx(sd15: nn.Module) -> FeatureExtractor:
         return PromptEmbedding(torch.stack(rows))
 
     return FeatureExtractor(sd15, scheduler=scheduler, layers="sd15-practical", text=text)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real Stable Diffusion pipeline on disk, random and tiny."""
+    folder, unet = tmp_path_factory.mktemp("pipeline"), _tiny("sd15")
+    transformers = pytest.importorskip("transformers", reason="text towers need transformers")
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+
+    torch.manual_seed(0)
+    words = ["<|startoftext|>", "<|endoftext|>", "a", "a</w>", "c</w>"]
+    (folder / "vocab.json").write_text(str({w: i for i, w in enumerate(words)}).replace("'", '"'))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8
+    )
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.18215,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            steps_offset=1, clip_sample=False,
+        ), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "pipe")  # fmt: skip
+    return folder / "pipe"

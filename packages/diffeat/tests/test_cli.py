@@ -75,12 +75,20 @@ def test_demo_and_what_follows(run_cli: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert Path(shown.stdout.strip()).is_file(), shown.stderr
     shown = run_cli(main, "measure", *given, "--json")
     assert shown.code == 0, shown.stderr
-    assert len(json.loads(shown.stdout)["activations"]) > 60
+    measured = json.loads(shown.stdout)["activations"]
+    assert len(measured) > 60
+    assert {"noise", "hf", "locality"} < set(measured[0])
     ranked = ["rank", *model, "--images", "images", "--labels", "labels", "--classes", 4]
     shown = run_cli(main, *ranked, "--candidates", "mid-*", "--json")
     assert shown.code == 0, shown.stderr
     assert len(json.loads(shown.stdout)["ranking"]) == 11
+    probed = ["probe", *ranked[1:], *layer, "--probe", "ridge"]
+    shown = run_cli(main, *probed, "--json")
+    assert shown.code == 0, shown.stderr
+    assert 0 <= json.loads(shown.stdout)["miou"] <= 1
     for argv, message in (
+        ([*probed[:-1], "svm"], "mlp, ridge"),
+        (["correspond", *model, *layer, "--pairs", "images"], "PairAnnotation"),
         (["extract", *given, *layer, "--out", "x"], "other runs"),
         (["extract", *given, "--layers", "up-levle", "--out", "y"], "nearest"),
         (["extract", "--input", "x", *model, *layer], "no images"),

@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
-    StableDiffusionPipeline,
 )
 from PIL import Image
 from torch import nn
@@ -156,37 +154,9 @@ def test_inversion_returns_to_the_latent(fx: FeatureExtractor) -> None:
     torch.testing.assert_close(there, expected, atol=1e-5, rtol=1e-5)
 
 
-def tiny_pipeline(folder: Path, unet: Any) -> Path:
-    """A real Stable Diffusion pipeline on disk, random and tiny."""
-    transformers = pytest.importorskip("transformers", reason="text towers need transformers")
-    torch.manual_seed(0)
-    words = ["<|startoftext|>", "<|endoftext|>", "a", "a</w>", "c</w>"]
-    (folder / "vocab.json").write_text(str({w: i for i, w in enumerate(words)}).replace("'", '"'))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8
-    )
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
-        )
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.18215,
-    )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(**SD, steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "pipe")  # fmt: skip
-    return folder / "pipe"
-
-
 @pytest.mark.usefixtures("without_type_checks")
-def test_from_pretrained_on_a_saved_pipeline(tmp_path: Path, tiny: Any) -> None:
-    folder = tiny_pipeline(tmp_path, tiny("sd15"))
+def test_from_pretrained_on_a_saved_pipeline(tmp_path: Path, pipeline: Path) -> None:
+    folder = pipeline
     fx = FeatureExtractor.from_pretrained(str(folder), layers="sd15-legacy")
     assert fx.size == (32, 32)
     assert fx.vae_factor == 2

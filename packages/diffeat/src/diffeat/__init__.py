@@ -2,10 +2,10 @@
 
 `FeatureExtractor` turns images into named feature maps; `capture` and `Recorder` read activations
 out of any forward pass. Beside them: `diffeat.measure`, `diffeat.probe`, `diffeat.filters`,
-`diffeat.aggregate`, `diffeat.presets`.
+`diffeat.evaluate`, `diffeat.aggregate`, `diffeat.presets`.
 """
 
-from diffeat import aggregate, filters, measure, presets, probe
+from diffeat import aggregate, evaluate, filters, measure, presets, probe
 from diffeat.cache import FeatureCache, extract_to_disk
 from diffeat.capture import Capture, capture
 from diffeat.errors import ActivationNotFound, MapTooLarge, UnsupportedBackbone
@@ -36,6 +36,7 @@ __all__ = [
     "aggregate",
     "alias",
     "capture",
+    "evaluate",
     "extract_to_disk",
     "filters",
     "find_activation",

@@ -210,7 +210,7 @@ def measure(
     plots: Plots = True,
     as_json: Json = False,
 ) -> None:
-    """Measure noise and granularity of every activation, without labels."""
+    """Measure noise, granularity and locality of every activation, without labels."""
     from diffeat.demo import measure_depth
     from diffeat.plots import plot_depth
     from shared_core.run import RunFolder
@@ -223,7 +223,8 @@ def measure(
     if plots:
         run.save_figure("depth", plot_depth(rows))
     short = [
-        {"name": r["name"], "noise": round(r["noise"], 3), "hf": round(r["hf"], 3)} for r in rows
+        {"name": r["name"], **{key: round(r[key], 3) for key in ("noise", "hf", "locality")}}
+        for r in rows
     ]
     show_result({"activations": rows}, f"{format_table(short)}\n\n{run.path}", as_json=as_json)
 
@@ -329,6 +330,100 @@ def rank(
         run.save_figure("ranking", plot_ranking(rows))
     short = [{**r, **{k: round(r[k], 4) for k in ("miou", "low", "high")}} for r in rows[:20]]
     show_result({"ranking": rows}, f"{format_table(short)}\n\n{run.path}", as_json=as_json)
+
+
+@command(app)
+def probe(
+    model: Model,
+    layers: LayersOption,
+    images: Annotated[Path, typer.Option("--images", help="Folder of training and test images.")],
+    labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs, same names.")],
+    classes: Annotated[int, typer.Option("--classes", help="Number of classes.", min=2)],
+    kind: Annotated[
+        str, typer.Option("--probe", help="mlp (networks that vote) or ridge.")
+    ] = "mlp",
+    networks: Annotated[int, typer.Option("--networks", help="How many vote.", min=1)] = 10,
+    epochs: Annotated[int, typer.Option("--epochs", help="Of each, at most.", min=1)] = 100,
+    test_share: Annotated[
+        float, typer.Option("--test-share", help="Share of images, from the end, to test on.")
+    ] = 0.4,
+    t: T = 50,
+    prompt: PromptOption = "",
+    size: Size = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Segment from few labelled images with all chosen layers together (DDPM-seg's protocol)."""
+    from diffeat.evaluate import segment
+    from diffeat.ranking import load_labelled
+    from shared_core.run import RunFolder
+
+    if kind not in ("mlp", "ridge"):
+        raise InputError(f"--probe {kind}; accepted: mlp, ridge")
+    fx = _extractor(model, layers, device, dtype, size)
+    train, test = load_labelled(_images(images), labels, fx, test_share)
+    found = segment(
+        fx, train, test, classes=classes, probe="ridge" if kind == "ridge" else "mlp",
+        networks=networks, epochs=epochs, prompt=prompt, t=t, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    run = RunFolder(out or Path("runs/diffeat/probe"))
+    run.write_config("diffeat probe", {"model": model, "layers": list(fx.layers), "t": t})
+    run.write_metrics(found)
+    rows = [
+        {"class": i, "IoU": "never there" if v is None else f"{v:.4f}"}
+        for i, v in enumerate(found["iou"])
+    ]
+    text = f"{format_table(rows)}\n\nmIoU {found['miou']:.4f}\n{run.path}"
+    show_result(found, text, as_json=as_json)
+
+
+@command(app)
+def correspond(
+    model: Model,
+    layers: LayersOption,
+    pairs: Annotated[Path, typer.Option("--pairs", help="Folder laid out as SPair-71k.")],
+    split: Annotated[str, typer.Option("--split", help="Folder of PairAnnotation.")] = "test",
+    limit: Annotated[int | None, typer.Option("--limit", help="At most so many.", min=1)] = None,
+    alpha: Annotated[float, typer.Option("--alpha", help="Threshold of PCK.", min=0)] = 0.1,
+    t: T = 50,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="By default the paper's for SPair-71k.")
+    ] = None,
+    size: Size = None,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Match keypoints of image pairs by nearest neighbours and report PCK."""
+    from diffeat.evaluate import correspond as run_correspond
+    from diffeat.evaluate import read_pairs
+    from diffeat.presets import PROMPTS
+    from shared_core.run import RunFolder
+
+    found_pairs = read_pairs(pairs, split, limit)
+    fx = _extractor(model, layers, device, dtype, size)
+    said = PROMPTS["spair"] if prompt is None else prompt
+    found = run_correspond(fx, found_pairs, prompt=said, t=t, alpha=alpha, seed=seed)
+    run = RunFolder(out or Path("runs/diffeat/correspond"))
+    run.write_config(
+        "diffeat correspond",
+        {"model": model, "layers": list(fx.layers), "t": t, "prompt": said, "split": split},
+    )
+    run.write_metrics(found)
+    rows = [*found["categories"], {"category": "all keypoints", **found}]
+    short = [
+        {k: row[k] for k in ("category", "pairs", "keypoints")}
+        | {k: f"{100 * row[k]:.1f}" for k in ("pck_image", "pck_box")}
+        for row in rows
+    ]
+    text = f"{format_table(short)}\n\nPCK@{alpha}, in per cent\n{run.path}"
+    show_result(found, text, as_json=as_json)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -559,7 +559,9 @@ class FeatureExtractor:
     def identity(self) -> str:
         """A short hash of the backbone's configuration and weights, for caches."""
         config: Any = self.backbone.config
-        digest = hashlib.sha256(str(sorted(dict(config).items(), key=str)).encode())
+        # diffusers' own notes (with an underscore) come in another order in every process.
+        settings = sorted((k, str(v)) for k, v in dict(config).items() if not k.startswith("_"))
+        digest = hashlib.sha256(str(settings).encode())
         for name, p in self.backbone.named_parameters():
             some = p.detach().flatten()[:: max(1, p.numel() // 8)][:8].float().cpu()
             digest.update(name.encode() + some.numpy().tobytes())

@@ -5,8 +5,6 @@ the label-scarce protocol of DDPM-seg; `ConvCorrespondence` and `nn_corresponden
 correspondence protocol of Meng et al. (appendix C.1).
 """
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
