@@ -1,0 +1,435 @@
+"""The command line: parses, calls, prints."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shared_core.cli import (
+    Device,
+    Json,
+    Out,
+    Plots,
+    Quick,
+    Resume,
+    Seed,
+    command,
+    format_table,
+    new_app,
+    run_app,
+    say,
+    show_result,
+)
+from shared_core.errors import InputError
+
+__all__ = ["app", "main"]
+
+app = new_app(
+    "diffeat",
+    "Any activation of any diffusion model as a dense image feature (Meng et al., NeurIPS 2024). "
+    "Begin with: diffeat demo",
+)
+
+Model = Annotated[
+    str, typer.Option("--model", help="Hub id, pipeline folder, demo folder, or a short name.")
+]
+LayersOption = Annotated[
+    str, typer.Option("--layers", help="A preset, names or patterns by commas, or a JSON file.")
+]
+Input = Annotated[Path, typer.Option("--input", help="A folder of images, or one image.")]
+T = Annotated[int, typer.Option("--t", help="Timestep of 1000.", min=0)]
+PromptOption = Annotated[str, typer.Option("--prompt", help="One prompt for all images.")]
+Size = Annotated[int | None, typer.Option("--size", help="Side in pixels; images are resized.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Images per forward.", min=1)]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def _images(source: Path) -> list[tuple[str, Any]]:
+    from PIL import Image, UnidentifiedImageError
+
+    files = [source] if source.is_file() else sorted(source.rglob("*")) if source.is_dir() else []
+    files = [f for f in files if f.suffix.lower() in SUFFIXES]
+    if not files:
+        raise InputError(f"--input {source} holds no images ({', '.join(sorted(SUFFIXES))})")
+    found = []
+    for file in files:
+        name = file.name if source.is_file() else file.relative_to(source).as_posix()
+        try:
+            with Image.open(file) as image:
+                found.append((name, image.convert("RGB")))
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"{file} cannot be read as an image: {error}") from error
+    return found
+
+
+def _extractor(model: str, layers: str, device: str, dtype: str, size: int | None) -> Any:
+    from diffeat.demo import load_backbone
+    from diffeat.extractor import FeatureExtractor
+    from shared_core.device import select_device, select_dtype
+
+    chosen = select_device(device)
+    if (Path(model) / "text.safetensors").is_file():
+        fx = load_backbone(Path(model))
+        fx.layers = layers
+        fx.backbone.to(chosen)
+        return fx
+    return FeatureExtractor.from_pretrained(
+        model, layers, dtype=select_dtype(dtype, chosen), device=chosen, size=size
+    )
+
+
+@command(app)
+def layers(
+    model: Annotated[str | None, typer.Option("--model", help="Hub id or pipeline folder.")] = None,
+    topology: Annotated[
+        str | None, typer.Option("--topology", help="sd15, sd21, sdxl or playground: no download.")
+    ] = None,
+    maps: Annotated[bool, typer.Option("--maps", help="Also attention maps.")] = False,
+    extra: Annotated[bool, typer.Option("--extra", help="Also names of our own.")] = False,
+    pattern: Annotated[str | None, typer.Option("--pattern", help="Only names like this.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List every activation of a model from its configuration alone, without its weights."""
+    from dataclasses import asdict
+
+    from diffeat._loading import load_backbone_config
+    from diffeat.naming import list_activations
+    from diffeat.presets import build_topology
+
+    if (model is None) == (topology is None):
+        raise InputError("give either --model ID or --topology sd15|sd21|sdxl|playground")
+    backbone = build_topology(topology) if topology else load_backbone_config(model or "")
+    found = list_activations(backbone, maps=maps, extra=extra, pattern=pattern)
+    rows = [
+        {"name": i.name, "channels": i.channels, "reduction": i.reduction, "module": i.module_path}
+        for i in found
+    ]
+    summary = {"activations": [asdict(i) for i in found]}
+    show_result(summary, f"{format_table(rows)}\n\n{len(rows)} activations", as_json=as_json)
+
+
+@command(app)
+def presets(as_json: Json = False) -> None:
+    """List the published selections."""
+    from diffeat.presets import COMBINED, PRESETS
+
+    rows = [
+        {"preset": n, "model": p.topology, "size": p.size, "channels": p.channels, "t": p.t}
+        | {"layers": len(p.layers), "source": p.source}
+        for n, p in PRESETS.items()
+    ]
+    joined = "\n".join(f"{name} = {' + '.join(parts)}" for name, parts in COMBINED.items())
+    summary = {"presets": {n: p.describe() for n, p in PRESETS.items()}, "combined": COMBINED}
+    show_result(summary, f"{format_table(rows)}\n\n{joined}", as_json=as_json)
+
+
+@command(app)
+def extract(
+    source: Input,
+    model: Model,
+    layers: LayersOption,
+    t: T = 50,
+    prompt: PromptOption = "",
+    size: Size = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    resume: Resume = False,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write the features of a folder of images, one safetensors file an image.
+
+    Several GPUs: torchrun --nproc-per-node 4 -m diffeat.cli extract … ; each takes its share.
+    """
+    import os
+
+    from diffeat.cache import extract_to_disk
+
+    samples = _images(source)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and device == "auto":
+        import torch
+
+        if torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    fx = _extractor(model, layers, device, dtype, size)
+    folder = extract_to_disk(
+        fx, samples, out or Path("runs/diffeat/extract"), batch_size=batch_size, prompt=prompt,
+        t=t, seed=seed, resume=resume or world > 1, shard=(rank, world),
+    )  # fmt: skip
+    summary = {"out": str(folder), "images": len(samples), "layers": list(fx.layers)}
+    show_result(summary, f"{folder}: {len(samples)} images", as_json=as_json)
+
+
+@command(app)
+def visualize(
+    source: Input,
+    model: Model,
+    layers: LayersOption,
+    t: T = 50,
+    prompt: PromptOption = "",
+    size: Size = None,
+    images: Annotated[int, typer.Option("--images", help="At most this many.", min=1)] = 6,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw the first principal components of activations."""
+    from diffeat.measure import pca_image
+    from diffeat.plots import plot_pca
+    from shared_core.run import RunFolder
+
+    samples = _images(source)[:images]
+    fx = _extractor(model, layers, device, dtype, size)
+    pictures = [image for _, image in samples]
+    found = fx(pictures, prompt, t, seed=seed, ids=[name for name, _ in samples])
+    run = RunFolder(out or Path("runs/diffeat/visualize"))
+    run.write_config("diffeat visualize", {"model": model, "layers": list(fx.layers), "t": t})
+    shown = fx.pixels(pictures) / 2 + 0.5
+    picture = run.save_figure("pca", plot_pca(shown, {n: pca_image(v) for n, v in found.items()}))
+    show_result({"picture": str(picture)}, str(picture), as_json=as_json)
+
+
+@command(app)
+def measure(
+    source: Input,
+    model: Model,
+    t: T = 50,
+    prompt: PromptOption = "",
+    size: Size = None,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    plots: Plots = True,
+    as_json: Json = False,
+) -> None:
+    """Measure noise, granularity and locality of every activation, without labels."""
+    from diffeat.demo import measure_depth
+    from diffeat.plots import plot_depth
+    from shared_core.run import RunFolder
+
+    fx = _extractor(model, "unet-out", device, dtype, size)
+    rows = measure_depth(fx, [i for _, i in _images(source)], t, seed=seed, prompt=prompt)
+    run = RunFolder(out or Path("runs/diffeat/measure"))
+    run.write_config("diffeat measure", {"model": model, "t": t, "seed": seed})
+    run.write_metrics({"activations": rows})
+    if plots:
+        run.save_figure("depth", plot_depth(rows))
+    short = [
+        {"name": r["name"], **{key: round(r[key], 3) for key in ("noise", "hf", "locality")}}
+        for r in rows
+    ]
+    show_result({"activations": rows}, f"{format_table(short)}\n\n{run.path}", as_json=as_json)
+
+
+@command(app)
+def demo(
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+    quick: Quick = False,
+    plots: Plots = True,
+) -> None:
+    """Train a small diffusion U-Net on shapes, measure all its activations and rank them.
+
+    Nothing is downloaded. The trained model stays in OUT/backbone for the other commands.
+    """
+    import time
+    from dataclasses import asdict, replace
+
+    from diffeat import demo as the_demo
+    from shared_core.device import select_device
+    from shared_core.run import RunFolder, progress
+
+    chosen = select_device(device)
+    settings = the_demo.DemoSettings()
+    if quick:
+        settings = replace(settings, steps=25, images=400, train=40, test=30, timesteps=(50,))
+    run = RunFolder(out or Path("runs/diffeat/demo"))
+    run.write_config(
+        "diffeat demo", {"seed": seed, "device": str(chosen), **asdict(settings)},
+        distributions=["diffeat", "diffusers"],
+    )  # fmt: skip
+    started = time.perf_counter()
+    with progress(total=settings.steps, description="training", unit="step") as bar:
+
+        def told(step: int, loss: float) -> None:
+            run.log(step=step, loss=loss)
+            bar.update()
+
+        fx = the_demo.train_backbone(settings, seed=seed, device=chosen, progress=told)
+    the_demo.save_backbone(fx, run.path / "backbone")
+    say("measuring and probing")
+    result = the_demo.look_into(fx, settings, seed=seed, device=chosen)
+    if plots:
+        for name, figure in the_demo.figures(fx, result, seed).items():
+            run.save_figure(name, figure)
+    metrics = {
+        **result,
+        "summary": {
+            "message": result["message"],
+            "rows": result["table"],
+            "picture": "depth.png" if plots else None,
+        },
+    }
+    run.write_metrics(metrics, timing={"seconds": time.perf_counter() - started})
+    text = f"{format_table(result['table'])}\n\n{result['message']}\n\n{run.path}"
+    show_result(metrics, text, as_json=as_json)
+
+
+@command(app)
+def rank(
+    model: Model,
+    images: Annotated[Path, typer.Option("--images", help="Folder of training and test images.")],
+    labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs, same names.")],
+    classes: Annotated[int, typer.Option("--classes", help="Number of classes.", min=2)],
+    candidates: Annotated[
+        str, typer.Option("--candidates", help="paper, all, or layers as for extract.")
+    ] = "all",
+    test_share: Annotated[
+        float, typer.Option("--test-share", help="Share of images, from the end, to test on.")
+    ] = 0.4,
+    t: T = 50,
+    prompt: PromptOption = "",
+    size: Size = None,
+    components: Annotated[
+        int | None, typer.Option("--components", help="Principal components to compare by.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    plots: Plots = True,
+    as_json: Json = False,
+) -> None:
+    """Rank activations by a linear segmentation probe, in one pass and without storing features."""
+    from diffeat.plots import plot_ranking
+    from diffeat.ranking import load_labelled
+    from diffeat.ranking import rank as run_ranking
+    from shared_core.run import RunFolder
+
+    fx = _extractor(model, "unet-out", device, dtype, size)
+    train, test = load_labelled(_images(images), labels, fx, test_share)
+    rows = run_ranking(
+        fx, train, test, classes=classes, candidates=candidates, timesteps=[t], prompt=prompt,
+        batch_size=batch_size, components=components, seed=seed,
+    )  # fmt: skip
+    run = RunFolder(out or Path("runs/diffeat/rank"))
+    run.write_config("diffeat rank", {"model": model, "candidates": candidates, "t": t})
+    run.write_metrics({"ranking": rows})
+    if plots:
+        run.save_figure("ranking", plot_ranking(rows))
+    short = [{**r, **{k: round(r[k], 4) for k in ("miou", "low", "high")}} for r in rows[:20]]
+    show_result({"ranking": rows}, f"{format_table(short)}\n\n{run.path}", as_json=as_json)
+
+
+@command(app)
+def probe(
+    model: Model,
+    layers: LayersOption,
+    images: Annotated[Path, typer.Option("--images", help="Folder of training and test images.")],
+    labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs, same names.")],
+    classes: Annotated[int, typer.Option("--classes", help="Number of classes.", min=2)],
+    kind: Annotated[
+        str, typer.Option("--probe", help="mlp (networks that vote) or ridge.")
+    ] = "mlp",
+    networks: Annotated[int, typer.Option("--networks", help="How many vote.", min=1)] = 10,
+    epochs: Annotated[int, typer.Option("--epochs", help="Of each, at most.", min=1)] = 100,
+    test_share: Annotated[
+        float, typer.Option("--test-share", help="Share of images, from the end, to test on.")
+    ] = 0.4,
+    t: T = 50,
+    prompt: PromptOption = "",
+    size: Size = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Segment from few labelled images with all chosen layers together (DDPM-seg's protocol)."""
+    from diffeat.evaluate import segment
+    from diffeat.ranking import load_labelled
+    from shared_core.run import RunFolder
+
+    if kind not in ("mlp", "ridge"):
+        raise InputError(f"--probe {kind}; accepted: mlp, ridge")
+    fx = _extractor(model, layers, device, dtype, size)
+    train, test = load_labelled(_images(images), labels, fx, test_share)
+    found = segment(
+        fx, train, test, classes=classes, probe="ridge" if kind == "ridge" else "mlp",
+        networks=networks, epochs=epochs, prompt=prompt, t=t, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    run = RunFolder(out or Path("runs/diffeat/probe"))
+    run.write_config("diffeat probe", {"model": model, "layers": list(fx.layers), "t": t})
+    run.write_metrics(found)
+    rows = [
+        {"class": i, "IoU": "never there" if v is None else f"{v:.4f}"}
+        for i, v in enumerate(found["iou"])
+    ]
+    text = f"{format_table(rows)}\n\nmIoU {found['miou']:.4f}\n{run.path}"
+    show_result(found, text, as_json=as_json)
+
+
+@command(app)
+def correspond(
+    model: Model,
+    layers: LayersOption,
+    pairs: Annotated[Path, typer.Option("--pairs", help="Folder laid out as SPair-71k.")],
+    split: Annotated[str, typer.Option("--split", help="Folder of PairAnnotation.")] = "test",
+    limit: Annotated[int | None, typer.Option("--limit", help="At most so many.", min=1)] = None,
+    alpha: Annotated[float, typer.Option("--alpha", help="Threshold of PCK.", min=0)] = 0.1,
+    t: T = 50,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="By default the paper's for SPair-71k.")
+    ] = None,
+    size: Size = None,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Match keypoints of image pairs by nearest neighbours and report PCK."""
+    from diffeat.evaluate import correspond as run_correspond
+    from diffeat.evaluate import read_pairs
+    from diffeat.presets import PROMPTS
+    from shared_core.run import RunFolder
+
+    found_pairs = read_pairs(pairs, split, limit)
+    fx = _extractor(model, layers, device, dtype, size)
+    said = PROMPTS["spair"] if prompt is None else prompt
+    found = run_correspond(fx, found_pairs, prompt=said, t=t, alpha=alpha, seed=seed)
+    run = RunFolder(out or Path("runs/diffeat/correspond"))
+    run.write_config(
+        "diffeat correspond",
+        {"model": model, "layers": list(fx.layers), "t": t, "prompt": said, "split": split},
+    )
+    run.write_metrics(found)
+    rows = [*found["categories"], {"category": "all keypoints", **found}]
+    short = [
+        {k: row[k] for k in ("category", "pairs", "keypoints")}
+        | {k: f"{100 * row[k]:.1f}" for k in ("pck_image", "pck_box")}
+        for row in rows
+    ]
+    text = f"{format_table(short)}\n\nPCK@{alpha}, in per cent\n{run.path}"
+    show_result(found, text, as_json=as_json)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    return run_app(app, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

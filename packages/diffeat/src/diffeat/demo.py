@@ -1,0 +1,390 @@
+"""The embedded demonstration: a small diffusion U-Net, trained on the spot, looked into.
+
+A U-Net with the layout of Stable Diffusion (1.2 million parameters) learns to denoise images of the
+shapes world in latents of an exact "VAE" (pixel unshuffle). Then every activation is measured and
+probed: how noisy and how fine it is, and how well a linear classifier reads the segmentation out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffeat.extractor import FeatureExtractor
+from diffeat.measure import hf_ratio, locality, noise_ratio, pca_image
+from diffeat.naming import list_activations
+from diffeat.plots import plot_depth, plot_pca, plot_ranking
+from diffeat.prompts import PromptEmbedding
+from diffeat.ranking import rank
+from shared_core.data.shapes import ShapesWorld
+from shared_core.errors import InputError
+from shared_core.run import atomic_path
+
+__all__ = [
+    "CLASSES",
+    "DemoSettings",
+    "PixelUnshuffleVAE",
+    "ShapesText",
+    "build_extractor",
+    "figures",
+    "load_backbone",
+    "look_into",
+    "measure_depth",
+    "run_probes",
+    "save_backbone",
+    "shapes_data",
+    "train_backbone",
+]
+
+SHAPES = ("circle", "square", "triangle")
+CLASSES = len(SHAPES) + 1
+WORDS = ("<none>", "a", "picture", "of", *SHAPES)
+LENGTH, WIDTH = 6, 32
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The settings of the demo.
+
+    Attributes:
+        images: Images that the U-Net is trained on.
+        steps: Training steps.
+        batch_size: Images per step.
+        lr: Peak learning rate of AdamW.
+        drop: Share of captions left out while training.
+        train, test: Images that probes are fitted and tested on.
+        measured: Images of the noise and granularity curves.
+        timesteps: Where probes are fitted.
+        components: Principal components of the equal-width comparison.
+    """
+
+    images: int = 1500
+    steps: int = 300
+    batch_size: int = 16
+    lr: float = 2e-3
+    drop: float = 0.3
+    train: int = 100
+    test: int = 60
+    measured: int = 48
+    timesteps: tuple[int, ...] = (0, 50, 200)
+    components: int = 32
+
+
+class PixelUnshuffleVAE(nn.Module):
+    """An exact autoencoder: 2 x 2 pixels become 4 times the channels.
+
+    Example:
+        >>> vae = PixelUnshuffleVAE(); x = torch.randn(1, 3, 4, 4)
+        >>> torch.equal(vae.decode(vae.encode(x)), x)
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(scaling_factor=1.0, shift_factor=0.0, spatial_factor=2)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` to ``[B, 12, H/2, W/2]``."""
+        return F.pixel_unshuffle(images, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The way back."""
+        return F.pixel_shuffle(latents, 2)
+
+
+class ShapesText(nn.Module):
+    """A learned embedding of a few words; the empty prompt is what dropped captions were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(len(WORDS), WIDTH)
+
+    def forward(self, prompts: Sequence[str]) -> PromptEmbedding:
+        """Embed prompts of ``a picture of circle square triangle``; other words are skipped."""
+        rows = []
+        for prompt in prompts:
+            known = [WORDS.index(w) for w in prompt.split() if w in WORDS[1:]][:LENGTH]
+            rows.append(known + [0] * (LENGTH - len(known)))
+        return PromptEmbedding(self.table(torch.tensor(rows, device=self.table.weight.device)))
+
+
+def shapes_data(n: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor, list[str]]:
+    """Scenes of circles, squares and triangles: images, label maps, captions.
+
+    Returns:
+        uint8 images ``[n, 3, 32, 32]``, labels ``[n, 32, 32]`` (0 is background), and captions that
+        name the shapes.
+
+    Example:
+        >>> images, labels, captions = shapes_data(2, "test")
+        >>> images.shape, labels.shape, captions[0][:12]
+        (torch.Size([2, 3, 32, 32]), torch.Size([2, 32, 32]), 'a picture of')
+    """
+    scenes = ShapesWorld(seed).segmentation(n, 32, (1, 3), shapes=list(SHAPES), split=split)  # type: ignore[arg-type]
+    labels = torch.from_numpy(scenes.semantic.astype("int64"))
+    images = torch.from_numpy(scenes.images).permute(0, 3, 1, 2).contiguous()
+    captions = [
+        " ".join(["a picture of", *(SHAPES[c - 1] for c in row.unique().tolist() if c > 0)])
+        for row in labels
+    ]
+    return images, labels, captions
+
+
+def _scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
+
+
+def build_extractor(seed: int = 0) -> FeatureExtractor:
+    """An untrained extractor with the demo's U-Net.
+
+    Example:
+        >>> build_extractor().vae_factor
+        2
+    """
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=12,
+        out_channels=12,
+        layers_per_block=1,
+        block_out_channels=(32, 48, 64),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    return FeatureExtractor(
+        unet,
+        scheduler=_scheduler(),
+        vae=PixelUnshuffleVAE(),
+        text=ShapesText(),
+        layers=["up-level1-repeat1-vit-out"],
+        size=32,
+    )
+
+
+def train_backbone(
+    settings: DemoSettings | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> FeatureExtractor:
+    """Train the demo's U-Net to predict noise, and return its extractor.
+
+    Args:
+        settings: By default those of `DemoSettings`.
+        seed: Of weights, data and noise.
+        device: Where to train.
+        progress: Told every step and its loss.
+    """
+    s = settings or DemoSettings()
+    fx = build_extractor(seed)
+    unet, text = fx.backbone.to(device).requires_grad_(True).train(), fx.text
+    assert isinstance(text, ShapesText)
+    text.to(device)
+    images, _, captions = shapes_data(s.images, "train", seed)
+    latents = fx.encode_images(images).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [*unet.parameters(), *text.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=s.lr)
+    warmup = max(1, min(30, s.steps // 5))
+    scheduler = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, s.steps - warmup)),
+        ],
+        milestones=[warmup],
+    )
+    abar = fx.schedule.alphas_cumprod
+    assert abar is not None
+    for step in range(s.steps):
+        rows = torch.randint(len(latents), (s.batch_size,), generator=generator)
+        clean = latents[rows.to(device)]
+        t = torch.randint(fx.schedule.steps, (s.batch_size,), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        level = abar[t].float().view(-1, 1, 1, 1).to(device)
+        x_t = level.sqrt() * clean + (1 - level).sqrt() * noise
+        dropped = torch.rand(s.batch_size, generator=generator) < s.drop
+        words = [
+            "" if d else captions[i] for i, d in zip(rows.tolist(), dropped.tolist(), strict=True)
+        ]
+        loss = F.mse_loss(unet(x_t, t.to(device), text(words).states).sample, noise)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        progress(step, float(loss.detach()))
+    unet.eval().requires_grad_(False)
+    text.requires_grad_(False)
+    return fx
+
+
+def save_backbone(fx: FeatureExtractor, folder: Path) -> None:
+    """Write a trained demo backbone: the U-Net as diffusers does, and the words' embedding."""
+    backbone: Any = fx.backbone
+    backbone.save_pretrained(folder / "unet")
+    assert isinstance(fx.text, ShapesText)
+    with atomic_path(folder / "text.safetensors") as temporary:
+        save_file(fx.text.state_dict(), temporary)
+
+
+def load_backbone(folder: Path) -> FeatureExtractor:
+    """Read what `save_backbone` wrote.
+
+    Raises:
+        InputError: If it is not there.
+    """
+    from diffusers import UNet2DConditionModel
+
+    if not (folder / "text.safetensors").is_file():
+        raise InputError(f"{folder} holds no demo backbone; train one with: diffeat demo")
+    fx = build_extractor()
+    text = ShapesText()
+    text.load_state_dict(load_file(folder / "text.safetensors"))
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    return FeatureExtractor(
+        unet, scheduler=_scheduler(), vae=fx.vae, text=text.requires_grad_(False),
+        layers=fx.layers, size=32,
+    )  # fmt: skip
+
+
+def measure_depth(
+    fx: FeatureExtractor, images: Any, t: int = 50, *, seed: int = 0, prompt: Any = ""
+) -> list[dict[str, Any]]:
+    """Noise, granularity and locality of every activation, from two draws of noise.
+
+    Returns:
+        Rows of ``name, kind, stage, level, noise, hf, locality`` in order of execution.
+    """
+    infos = list_activations(fx.backbone)
+    before = fx.layers
+    fx.layers = [i.name for i in infos]
+    try:
+        a, b = (fx(images, prompt, t, seed=seed + draw) for draw in (0, 1))
+    finally:
+        fx.layers = before
+    return [
+        {
+            "name": i.name,
+            "kind": i.kind,
+            "stage": i.stage,
+            "level": i.level,
+            "noise": noise_ratio(a[i.name], b[i.name]),
+            "hf": hf_ratio(a[i.name]),
+            "locality": locality(a[i.name]),
+        }
+        for i in infos
+        if min(a[i.name].shape[-2:]) >= 4
+    ]
+
+
+def run_probes(
+    fx: FeatureExtractor, s: DemoSettings, timesteps: Sequence[int], seed: int, **options: Any
+) -> list[dict[str, Any]]:
+    """MIoU of ridge probes on every activation, with the empty prompt."""
+    train, test = (shapes_data(n, split, seed)[:2] for n, split in
+                   ((s.train, "validation"), (s.test, "test")))  # fmt: skip
+    return rank(
+        fx, train, test, classes=CLASSES, timesteps=timesteps, prompt="", batch_size=20, seed=seed,
+        **options,
+    )  # fmt: skip
+
+
+def look_into(
+    fx: FeatureExtractor, s: DemoSettings, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Curves over depth, and probes of the trained and of an untrained network.
+
+    Returns:
+        ``depth``, ``ranking``, ``ranking_equal_width``, ``best``, ``table`` and ``message``.
+    """
+    images, _, _ = shapes_data(s.measured, "test", seed)
+    depth = measure_depth(fx, images, 50, seed=seed)
+    trained = run_probes(fx, s, s.timesteps, seed)
+    equal = run_probes(fx, s, [50], seed, components=s.components)
+    untrained = build_extractor(seed)
+    untrained.backbone.to(device)
+    random = run_probes(untrained, s, [50], seed)
+    at_50 = [r for r in trained if r["t"] == 50]
+    best = {
+        "trained": at_50[0]["miou"],
+        "random": random[0]["miou"],
+        "latent": next(r["miou"] for r in at_50 if r["name"] == "unet-in"),
+        "trained_any_t": trained[0]["miou"],
+    }
+    noise = {r["name"]: r for r in depth}
+    equal_rank = {r["name"]: i + 1 for i, r in enumerate(equal)}
+    table = [
+        {
+            "activation": r["name"],
+            "channels": r["channels"],
+            "mIoU": round(r["miou"], 3),
+            "90 %": f"{r['low']:.3f} to {r['high']:.3f}",
+            "rank of equal width": equal_rank[r["name"]],
+            "noise": round(noise[r["name"]]["noise"], 2) if r["name"] in noise else None,
+        }
+        for r in at_50[:10]
+    ]
+    return {
+        "depth": depth,
+        "ranking": trained,
+        "ranking_equal_width": equal,
+        "best": best,
+        "table": table,
+        "message": tell(depth, best),
+    }
+
+
+def figures(fx: FeatureExtractor, result: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """The demo's pictures, by name."""
+    images, _, _ = shapes_data(6, "test", seed)
+    before = fx.layers
+    fx.layers = [
+        "unet-in", "down-level1-repeat0-vit-out", "up-level0-upsampler-out",
+        "up-level1-repeat1-vit-out", "up-level2-repeat1-vit-out",
+    ]  # fmt: skip
+    found = fx(images, "", 50, seed=seed)
+    fx.layers = before
+    at_50 = [r for r in result["ranking"] if r["t"] == 50]
+    return {
+        "depth": plot_depth(result["depth"]),
+        "ranking": plot_ranking(at_50),
+        "pca": plot_pca(images, {name: pca_image(v) for name, v in found.items()}),
+    }
+
+
+def tell(depth: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
+    """What was seen, in sentences."""
+    between = [r for r in depth if r["kind"] in ("res-out", "vit-out")]
+
+    def mean(stage: str, part: slice = slice(None)) -> float:
+        values = [r["noise"] for r in between if r["stage"] == stage]
+        chosen = values[part]
+        return float(sum(chosen) / len(chosen))
+
+    ups = len([r for r in between if r["stage"] == "up"])
+    early, late = mean("up", slice(0, ups // 2)), mean("up", slice(ups // 2, None))
+    down = mean("down")
+    shape = "as the paper describes" if down > early < late else "unlike what the paper describes"
+    return (
+        f"Noise makes up {down:.0%} of the down stage's activations, {early:.0%} of the early and "
+        f"{late:.0%} of the late up stage's, {shape}. The best activation reads the "
+        f"segmentation with mIoU {best['trained']:.3f}, against {best['random']:.3f} in an "
+        f"untrained network and {best['latent']:.3f} from the raw latent."
+    )
