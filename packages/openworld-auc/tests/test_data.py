@@ -63,6 +63,13 @@ def test_split_files(tmp_path) -> None:
     assert data.new.targets == [0, 1]
     assert int(data.new[1][0][0, 0, 0]) == 100
     assert data.manifest == {"name_0": [0, 0]}
+    before = data.new.stamps()
+    assert before is not None
+    assert [Path(name).name for name, _, _ in before] == ["1.png", "2.png"]
+    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "2.png")
+    after = data.new.stamps()
+    assert after is not None
+    assert (after[0], after[1] != before[1]) == (before[0], True)
     with pytest.raises(ValueError, match="at least one base and one new"):
         load_openworld_data(str(tmp_path), transform=transform, split_file=path, base=3)
     (tmp_path / "0.png").unlink()

@@ -308,6 +308,11 @@ def test_features_are_cached_by_model_and_data(backbone, tmp_path) -> None:
     extract_features(other, data, cache=tmp_path)
     extract_features(backbone, data[::-1], cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+    for number in range(5):  # each image counts, not some of them
+        one = list(data)
+        one[number] = (one[number][0] + 1e-3, one[number][1])
+        extract_features(backbone, one, cache=tmp_path)
+        assert len(list(tmp_path.iterdir())) == 4 + number
     with pytest.raises(ValueError, match="no images"):
         extract_features(backbone, [])
 

@@ -35,6 +35,11 @@ class Part(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.data[self.indices[index]][0], self.targets[index]
 
+    def stamps(self) -> list[tuple[str, int, int]] | None:
+        """Path, size in bytes and time of change in ns of each image's file, if they are files."""
+        images = self.data.images
+        return [images.stamp(i) for i in self.indices] if isinstance(images, _Files) else None
+
 
 class OpenworldData(NamedTuple):
     """The parts that training and testing need.
@@ -144,6 +149,11 @@ class _Files(Sequence[Any]):
 
         with PIL.Image.open(self.root / self.files[index]) as image:
             return image.convert("RGB")
+
+    def stamp(self, index: int) -> tuple[str, int, int]:
+        path = (self.root / self.files[index]).resolve()
+        found = path.stat()
+        return str(path), found.st_size, found.st_mtime_ns
 
 
 def load_openworld_data(
