@@ -90,7 +90,8 @@ def test_lora_that_the_pipeline_loads(pipeline: Path, tmp_path: Path) -> None:
     tuned = plain.pipeline.unet
     torch.manual_seed(0)
     tuned.add_adapter(
-        peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+        # The saved weights do not hold alpha; a loader takes it to be the rank.
+        peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
     )
     changed = plain.run(x_t, 50, prompt)
     state = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(tuned))
