@@ -149,6 +149,4 @@ def test_on_a_gpu_and_without_a_sync_for_a_fixed_rate() -> None:
     mask = torch.rand(4, 64, device="cuda") > 0.3
     rates = torch.tensor([1, 2, 3, 5], device="cuda")
     ragged = group_merge(hidden, mask, rates)[0]
-    torch.testing.assert_close(
-        ragged.cpu(), group_merge(hidden.cpu(), mask.cpu(), rates.cpu())[0]
-    )
+    torch.testing.assert_close(ragged.cpu(), group_merge(hidden.cpu(), mask.cpu(), rates.cpu())[0])

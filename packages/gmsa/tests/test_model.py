@@ -32,9 +32,7 @@ def reference(lm, model, ids, r, *, encoder_norm=True, lsa_norm=True):
     hidden = states[-1] if hidden is None else hidden
     if encoder_norm and k < len(lm.model.layers):
         hidden = lm.model.norm(hidden)
-    merged = torch.stack(
-        [hidden[:, j : j + r].mean(1) for j in range(0, ids.shape[1], r)], 1
-    )
+    merged = torch.stack([hidden[:, j : j + r].mean(1) for j in range(0, ids.shape[1], r)], 1)
     out = lm.model(inputs_embeds=merged, output_hidden_states=True).hidden_states[l]
     return lm.model.norm(out) if lsa_norm else out
 
@@ -72,9 +70,7 @@ def test_fresh_lora_is_the_base_and_merging_changes_nothing(tiny_lm, tiny_gmsa, 
     torch.testing.assert_close(
         trained.compress(ids, rate=2).embeds, before.embeds, atol=1e-5, rtol=1e-5
     )
-    for parameter, original in zip(
-        trained.decoder.parameters(), lm.parameters(), strict=True
-    ):
+    for parameter, original in zip(trained.decoder.parameters(), lm.parameters(), strict=True):
         assert torch.equal(parameter, original)
     with pytest.raises(ValueError, match="save before merge_encoder_lora"):
         trained.save_pretrained("nowhere")
@@ -99,9 +95,7 @@ def test_a_batch_equals_its_rows_alone(settings, tiny_gmsa, ragged) -> None:
     losses = []
     for b, n in enumerate(lengths):
         alone = model.compress(ids[b : b + 1, :n], rate=int(rates[b]))
-        torch.testing.assert_close(
-            soft[b : b + 1].embeds, alone.embeds, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(soft[b : b + 1].embeds, alone.embeds, atol=1e-5, rtol=1e-5)
         m = int(prompt_mask[b].sum())
         one = model.generate(alone, prompts[b : b + 1, :m], **options)
         assert texts[b].tolist() == one[0].tolist()

@@ -1,8 +1,8 @@
 """GMSA: context compression for language models by group merging and layer semantic alignment.
 
 The heart is in `gmsa.merging`, `gmsa.sequences`, `gmsa.losses`, `gmsa.rates` and
-`gmsa.soft_tokens`; the model in `gmsa.model`. Further: `gmsa.data`, `gmsa.evaluation`,
-`gmsa.baselines`, `gmsa.presets` and, registered with transformers, `gmsa.pipeline`.
+`gmsa.soft_tokens`; the model in `gmsa.model`. Further: `gmsa.streaming`, `gmsa.store`,
+`gmsa.evaluation` and `gmsa.presets`.
 """
 
 import importlib
@@ -16,20 +16,14 @@ from gmsa.soft_tokens import SoftTokens
 if TYPE_CHECKING:
     from gmsa.compressor import GMSACompressor
     from gmsa.configuration import GMSAConfig
-    from gmsa.data import AutoencodingDataset, GMSADataCollator, QADataset
     from gmsa.evaluation import qa_metrics, reconstruction_metrics
     from gmsa.model import GMSAModel
     from gmsa.store import SoftTokenStore, StoreMismatchError
-    from gmsa.trainer import GMSATrainer
 
 __all__ = [
-    "AutoencodingDataset",
     "GMSACompressor",
     "GMSAConfig",
-    "GMSADataCollator",
     "GMSAModel",
-    "GMSATrainer",
-    "QADataset",
     "SoftTokenStore",
     "SoftTokens",
     "StoreMismatchError",
@@ -45,13 +39,9 @@ __version__ = "0.1.0"
 
 # These need transformers or peft, which `import gmsa` does not load.
 _LAZY = {
-    "AutoencodingDataset": "data",
     "GMSACompressor": "compressor",
     "GMSAConfig": "configuration",
-    "GMSADataCollator": "data",
     "GMSAModel": "model",
-    "GMSATrainer": "trainer",
-    "QADataset": "data",
     "SoftTokenStore": "store",
     "StoreMismatchError": "store",
     "qa_metrics": "evaluation",

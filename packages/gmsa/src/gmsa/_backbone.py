@@ -99,7 +99,11 @@ def unshare(part: nn.Module, decoder: nn.Module) -> None:
 
 
 def add_lora(
-    model: nn.Module, rank: int, alpha: float | int, dropout: float | int, targets: str | Sequence[str]
+    model: nn.Module,
+    rank: int,
+    alpha: float | int,
+    dropout: float | int,
+    targets: str | Sequence[str],
 ) -> LoraConfig:
     """Put LoRA on the linear layers of a model, in place; fresh adapters change nothing.
 

@@ -82,9 +82,7 @@ def save_compressor(
     decoder_state = None
     if state_dict is not None:
         decoder_state = {
-            k.removeprefix("decoder."): v
-            for k, v in state_dict.items()
-            if k.startswith("decoder.")
+            k.removeprefix("decoder."): v for k, v in state_dict.items() if k.startswith("decoder.")
         }
     if tuning != "none":
         # In a folder of its own first, so that a crash leaves no half-written decoder.

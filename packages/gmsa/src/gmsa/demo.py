@@ -28,9 +28,9 @@ VOCABULARY = 96
 class DemoSettings:
     """How long each part trains, and how hard the task is."""
 
-    base_steps: int = 1600
-    ae_steps: int = 600
-    keft_steps: int = 300
+    base_steps: int = 1000
+    ae_steps: int = 300
+    keft_steps: int = 150
     batch_size: int = 24
     facts: int = 4
     rate: int = 4
@@ -38,7 +38,7 @@ class DemoSettings:
 
     def quick(self) -> "DemoSettings":
         """The version that takes less than 40 seconds."""
-        return replace(self, base_steps=600, ae_steps=150, keft_steps=100, items=128)
+        return replace(self, base_steps=500, ae_steps=120, keft_steps=70, items=128)
 
 
 def facts(rows: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

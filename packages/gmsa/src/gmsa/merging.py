@@ -127,9 +127,7 @@ def group_merge(
     """
     B, n, d = hidden.shape
     if mask is not None and mask.shape != (B, n):
-        raise InputError(
-            f"the mask has shape {list(mask.shape)}; the hidden states want {[B, n]}"
-        )
+        raise InputError(f"the mask has shape {list(mask.shape)}; the hidden states want {[B, n]}")
     one_rate = rate if isinstance(rate, int) else None
     rates = as_rates(rate, B, hidden.device)
     if mask is None and one_rate is not None:

@@ -373,7 +373,7 @@ class GMSAModel(PreTrainedModel):
             mask = torch.ones_like(ids, dtype=torch.bool)
         groups = num_groups(mask.sum(1), rates)
         G = int(groups.max())
-        if G > self.config.memory_tokens:
+        if self.config.memory_tokens < G:
             raise InputError(
                 f"{G} memory tokens are needed, there are {self.config.memory_tokens}; "
                 "take a higher rate or more memory_tokens"

@@ -167,9 +167,7 @@ class SoftTokenStore:
         """One shard, then the index."""
         dtype = select_dtype(self.dtype, torch.device("cpu"))
         lengths = soft.lengths.tolist()
-        tensors = {
-            str(i): soft.embeds[i, :n].to(dtype).contiguous() for i, n in enumerate(lengths)
-        }
+        tensors = {str(i): soft.embeds[i, :n].to(dtype).contiguous() for i, n in enumerate(lengths)}
         shard = f"{uuid.uuid4().hex}.safetensors"
         with atomic_path(self.path / shard) as temporary:
             save_file(tensors, temporary, metadata={"format": "gmsa-store"})
