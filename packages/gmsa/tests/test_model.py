@@ -17,7 +17,7 @@ def reference(lm, model, ids, r, *, encoder_norm=True, lsa_norm=True):
 
     `lm` is a copy of the base before anything was put on it; the LoRA is folded in by hand.
     """
-    k, l = model.config.encoder_layers, model.config.lsa_layers
+    k, depth = model.config.encoder_layers, model.config.lsa_layers
     encoder = copy.deepcopy(lm)
     scale = model.config.lora_alpha / model.config.lora_r
     lora = dict(model.encoder.named_parameters())
@@ -33,7 +33,7 @@ def reference(lm, model, ids, r, *, encoder_norm=True, lsa_norm=True):
     if encoder_norm and k < len(lm.model.layers):
         hidden = lm.model.norm(hidden)
     merged = torch.stack([hidden[:, j : j + r].mean(1) for j in range(0, ids.shape[1], r)], 1)
-    out = lm.model(inputs_embeds=merged, output_hidden_states=True).hidden_states[l]
+    out = lm.model(inputs_embeds=merged, output_hidden_states=True).hidden_states[depth]
     return lm.model.norm(out) if lsa_norm else out
 
 

@@ -163,7 +163,7 @@ def load_compressor(
     base = base_model if base_model is not None else config.base_model_name_or_path
     if base is None:
         raise InputError(f"{folder} does not say what its base model is; give base_model=…")
-    decoder = base if isinstance(base, nn.Module) else load_causal_lm(base, **load_kwargs)
+    decoder: Any = base if isinstance(base, nn.Module) else load_causal_lm(base, **load_kwargs)
     found = decoder.config.to_dict()
     for key in _BASE_KEYS:
         if key in config.base_config and found.get(key) != config.base_config[key]:
@@ -174,7 +174,7 @@ def load_compressor(
     tuning, config.decoder_tuning = config.decoder_tuning, "none"
     if not isinstance(base, nn.Module):
         config.base_model_name_or_path = os.fspath(base)
-    model = cls(config, decoder, share_base=share_base)
+    model: GMSAModel = cls(config, decoder, share_base=share_base)
     if tuning == "full":
         model.unshare_base()
         model.decoder = load_causal_lm(folder / DECODER_NAME, **load_kwargs)
@@ -185,7 +185,8 @@ def load_compressor(
     model.config.decoder_tuning = tuning
     load_into(model, folder, decoder=tuning == "lora")
     model.requires_grad_(False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_into(model: "GMSAModel", folder: str | os.PathLike[str], *, decoder: bool) -> None:

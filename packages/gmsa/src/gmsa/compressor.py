@@ -70,7 +70,7 @@ class GMSACompressor:
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         width = max((len(r) for r in rows), default=0)
-        place = self.model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+        place = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], dtype=torch.long)
         mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
         shape = (len(rows), width)

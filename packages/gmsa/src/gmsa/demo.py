@@ -142,7 +142,7 @@ def _optimize(
     losses = []
     for _ in range(steps):
         value = loss()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -187,8 +187,7 @@ def _stage(
         context, question, answer = facts(settings.batch_size, count, generator)
         if stage == "autoencoding":
             question, answer = torch.full((len(context), 1), RESTATE), context
-        found = model(context, prompt_ids=question, labels=answer, rate=settings.rate).loss
-        assert found is not None
+        found: Tensor = model(context, prompt_ids=question, labels=answer, rate=settings.rate).loss
         return found
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -208,7 +207,8 @@ def _answers(model: Any, prefix: Tensor, question: Tensor) -> Tensor:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False,
         eos_token_id=None,
     )  # fmt: skip
-    return new[:, ids.shape[1] :]
+    answers: Tensor = new[:, ids.shape[1] :]
+    return answers
 
 
 def run_seed(
@@ -290,8 +290,8 @@ def tell(rows: list[dict[str, Any]], seeds: int, rate: int) -> str:
     better = [m for m in ("truncation", "pooling") if qa["GMSA"] > qa[m]]
     worse = [m for m in ("truncation", "pooling") if qa["GMSA"] <= qa[m]]
     parts = [
-        f"At {rate}x compression GMSA answers {qa['GMSA']:.1f} % of the questions, the untuned base "
-        f"model {qa['full prompt']:.1f} % with the full prompt ({seeds} seed(s))."
+        f"At {rate}x compression GMSA answers {qa['GMSA']:.1f} % of the questions, the untuned "
+        f"base model {qa['full prompt']:.1f} % with the full prompt ({seeds} seed(s))."
     ]
     if better:
         parts.append(f"It is ahead of {' and '.join(better)}.")

@@ -124,7 +124,7 @@ class GMSAModel(PreTrainedModel):
             table = trunk.get_input_embeddings().weight.detach()
             spread = table.float().std(0, keepdim=True)
             fresh = torch.randn(config.memory_tokens, width).to(place) * spread
-            self.memory = nn.Embedding.from_pretrained(
+            self.memory = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
                 (table.float().mean(0) + fresh).to(dtype), freeze=False
             )
         if config.alignment == "lsa":
@@ -174,7 +174,7 @@ class GMSAModel(PreTrainedModel):
         """
         config = config or GMSAConfig()
         if isinstance(backbone, nn.Module):
-            decoder = backbone
+            decoder: Any = backbone
             name = getattr(decoder, "name_or_path", "") or None
         else:
             name = os.fspath(backbone)
@@ -187,11 +187,11 @@ class GMSAModel(PreTrainedModel):
             )
         check_causal_lm(decoder)
         config.base_model_name_or_path = name or config.base_model_name_or_path
-        config.base_config = decoder.config.to_dict()  # type: ignore[union-attr,operator]
+        config.base_config = decoder.config.to_dict()
         return cls(config, decoder, share_base=share_base)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
@@ -230,7 +230,7 @@ class GMSAModel(PreTrainedModel):
             },
         )
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
@@ -348,10 +348,9 @@ class GMSAModel(PreTrainedModel):
 
     # --- compression --------------------------------------------------------------------------
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         """The decoder's token embedding."""
-        found: nn.Module = self.decoder.get_input_embeddings()
-        return found
+        return self.decoder.get_input_embeddings()
 
     def merge(
         self, ids: Int[Tensor, "B n"], mask: Tensor | None, rates: Rate
@@ -439,7 +438,7 @@ class GMSAModel(PreTrainedModel):
         n_tokens = torch.full((B,), n, device=ids.device) if mask is None else mask.sum(1)
         if B == 0 or n == 0:
             table = self.get_input_embeddings().weight
-            none = table.new_zeros(B, 0, table.shape[1])  # type: ignore[operator,index]
+            none = table.new_zeros(B, 0, table.shape[1])
             return SoftTokens(none, torch.zeros(B, 0, dtype=torch.bool), rates, n_tokens)
         merged, merged_mask = self.merge(ids, mask, rate if isinstance(rate, int) else rates)
         embeds = self.align(merged)
@@ -482,13 +481,13 @@ class GMSAModel(PreTrainedModel):
             InputError: If batch sizes or widths differ.
         """
         table = self.get_input_embeddings()
-        width = table.weight.shape[1]  # type: ignore[union-attr,index]
+        width = table.weight.shape[1]
         if soft.embeds.shape[2] != width:
             raise InputError(
                 f"soft tokens have width {soft.embeds.shape[2]}, the decoder {width}; "
                 "they come from another compressor"
             )
-        place = table.weight  # type: ignore[union-attr]
+        place = table.weight
         parts = [(soft.embeds.to(place.device, place.dtype), soft.mask.to(place.device))]
         if prompt_ids is not None:
             ids = prompt_ids.to(place.device)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -71,9 +72,9 @@ class SoftTokens:
         lengths = self.lengths
         return torch.where(lengths > 0, self.n_tokens / lengths.clamp(min=1), 1.0)
 
-    def to(self, *args: torch.device | torch.dtype | str) -> "SoftTokens":
+    def to(self, *args: Any) -> "SoftTokens":
         """Move to a device, a dtype or both; the dtype is that of `embeds` alone."""
-        embeds = self.embeds.to(*args)  # type: ignore[arg-type]
+        embeds = self.embeds.to(*args)
         place = embeds.device
         return SoftTokens(
             embeds, self.mask.to(place), self.rates.to(place), self.n_tokens.to(place)

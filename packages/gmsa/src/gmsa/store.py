@@ -243,7 +243,7 @@ class SoftTokenStore:
         return self._open[name]
 
     def verify(self) -> list[str]:
-        """The ids whose tensors are missing, damaged or of the wrong length; empty if all is well."""
+        """The ids whose tensors are missing, damaged or of the wrong length."""
         broken = []
         for name, entry in self._documents.items():
             expected = -(-entry["n_tokens"] // entry["rate"])

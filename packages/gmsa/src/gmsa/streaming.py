@@ -145,7 +145,7 @@ def compress_long(
     """
     _check_chunk(chunk_size)
     stream = StreamingCompressor(model, rate)
-    for part in input_ids.split(chunk_size, dim=1):
+    for part in torch.split(input_ids, chunk_size, dim=1):
         stream.push(part)
     return stream.finish()
 
@@ -182,7 +182,7 @@ def compress_windows(
     merged = []
     if whole:
         windows = input_ids[:, :whole].reshape(-1, chunk_size)
-        parts = [model.merge(rows, None, rate)[0] for rows in windows.split(batch_size)]
+        parts = [model.merge(rows, None, rate)[0] for rows in torch.split(windows, batch_size)]
         joined = torch.cat(parts)
         merged.append(joined.reshape(B, -1, joined.shape[2]))
     if whole < n:
