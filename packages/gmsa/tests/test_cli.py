@@ -35,6 +35,7 @@ def test_commands_on_a_checkpoint(run_cli) -> None:
     assert stored.code == 0, stored.stderr
     assert json.loads(stored.stdout)["documents"] == 1
     shown = run_cli(main, "answer", "saved", "ba", "--context", "a.txt", "--json")
+    assert shown.code == 0, shown.stderr
     assert json.loads(shown.stdout)["compressed_tokens"] == 2
     assert run_cli(main, "reconstruct", "saved", "a.txt").code == 0
     for argv, message in (

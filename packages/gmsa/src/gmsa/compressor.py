@@ -202,7 +202,7 @@ class GMSACompressor:
         embeds, mask = self.model.decoder_inputs(soft, *self._pad(self._encode(prompts)))
         return {"inputs_embeds": embeds, "attention_mask": mask.long()}
 
-    def report(self, text: str, rate: int = 4) -> dict[str, float]:
+    def report(self, text: str, rate: int = 4) -> dict[str, int | float]:
         """How many tokens a text has and becomes; nothing is computed."""
         as_rates(rate, 1)
         [row] = self._encode([text])
