@@ -2,13 +2,15 @@
 
 import copy
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gmsa import GMSAModel
-from gmsa._checkpoint import fingerprint
+from gmsa._checkpoint import _swap_in, fingerprint
 
 
 @pytest.fixture
@@ -108,3 +110,25 @@ def test_the_fingerprint_sees_the_base(tiny_lm, tiny_gmsa) -> None:
     assert one == fingerprint(tiny_gmsa(lm=copy.deepcopy(lm)))
     assert one != fingerprint(tiny_gmsa(lm=tiny_lm(seed=7)))
     assert one != fingerprint(tiny_gmsa(lm=copy.deepcopy(lm), encoder_final_norm=False))
+
+
+def test_a_failed_rename_keeps_the_old_decoder(tmp_path, monkeypatch) -> None:
+    new, final = tmp_path / "new", tmp_path / "decoder"
+    for folder, text in ((new, "new"), (final, "old")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    rename = os.replace
+
+    def fails(source, target):
+        if Path(source) == new:
+            raise OSError("no")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match="no"):
+            _swap_in(new, final)
+    assert (final / "file").read_text() == "old"
+    _swap_in(new, final)
+    assert (final / "file").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["decoder"]

@@ -93,10 +93,7 @@ def save_compressor(
             else:
                 _save_decoder_lora(model, temporary, decoder_state)
             temporary.chmod(0o755)
-            final = target / DECODER_NAME
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
+            _swap_in(temporary, target / DECODER_NAME)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     _write_tensors(target / COMPRESSOR_NAME, tensors)
@@ -106,6 +103,23 @@ def save_compressor(
             + "\n",
             encoding="utf-8",
         )
+
+
+def _swap_in(new: Path, final: Path) -> None:
+    """Give a folder its name; the one that had it is deleted last, and put back on failure."""
+    if not final.exists():
+        os.replace(new, final)
+        return
+    aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.old."))
+    try:
+        os.replace(final, aside / final.name)
+        try:
+            os.replace(new, final)
+        except OSError:
+            os.replace(aside / final.name, final)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _save_decoder_lora(
