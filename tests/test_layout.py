@@ -139,6 +139,14 @@ def test_a_package_imports_only_the_siblings_that_it_declares(package: Package) 
         assert siblings - {package.dist} <= declared, file
 
 
+def test_the_packages_depend_on_each_other_as_planned() -> None:
+    planned = {"bridge-garden": {"abkd"}, "content-shift": {"diffeat"}}
+    methods = {p.dist for p in METHODS}
+    for package in METHODS:
+        siblings = package.requirements(development=False) & methods - {package.dist}
+        assert siblings == planned.get(package.dist, set()), package.dist
+
+
 def test_the_packages_do_not_depend_on_each_other_in_a_circle() -> None:
     names = set(DIST_OF.values())
     graph = {p.dist: p.requirements(development=False) & names - {p.dist} for p in PACKAGES}

@@ -79,8 +79,8 @@ def test_train_score_calibrate_select(run_cli):
 
     # Balanced, so that the few training images hold every label of the test images.
     sets = {
-        "train": known_images(0, 90, imbalance=1),
-        "test": known_images(0, 40, "test", imbalance=1),
+        "train": known_images(0, 90, imbalance=1.0),
+        "test": known_images(0, 40, "test", imbalance=1.0),
     }
     for split, scenes in sets.items():
         rows = []
