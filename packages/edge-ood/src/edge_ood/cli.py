@@ -85,7 +85,7 @@ def demo(
 ) -> None:
     """Train with and without EDGE on images of shapes and see which unknown images are noticed.
 
-    Nothing is downloaded. About two minutes on two cores; --quick takes smaller sets.
+    Nothing is downloaded. About two minutes on two cores; --quick takes one seed and smaller sets.
     """
     import dataclasses
     import time
@@ -100,8 +100,8 @@ def demo(
     settings = the_demo.DemoSettings(alpha=alpha, beta=beta, epochs=epochs)
     count = seeds
     if quick:
-        count = min(seeds, 2)
-        settings = dataclasses.replace(settings, train=1500, test=1000, epochs=min(epochs, 8))
+        count = 1
+        settings = dataclasses.replace(settings, train=2000, test=1000, epochs=min(epochs, 8))
     run = RunFolder(out or Path("runs/edge-ood/demo"))
     run.write_config(
         "edge-ood demo",
