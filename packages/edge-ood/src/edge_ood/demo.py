@@ -104,19 +104,26 @@ METHODS: dict[str, tuple[str, Callable[[DemoSettings], nn.Module], bool]] = {
 
 
 class TensorBatches:
-    """Shuffled batches of tensors, the same for the same seed and epoch."""
+    """Shuffled batches of tensors, the same for the same seed."""
 
     def __init__(self, tensors: Sequence[Tensor], batch_size: int, seed: int) -> None:
-        self.tensors, self.batch_size, self.seed, self.epoch = tensors, batch_size, seed, 0
+        self.tensors, self.batch_size = tensors, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return -(-len(self.tensors[0]) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.tensors[0]), generator=generator)
-        for chosen in torch.split(order, self.batch_size):
+        for chosen in torch.split(self._order(), self.batch_size):
             yield tuple(tensor[chosen] for tensor in self.tensors)
+
+    def _order(self) -> Tensor:
+        return torch.randperm(len(self.tensors[0]), generator=self.generator)
+
+    def skip(self, epochs: int) -> None:
+        """Go on as if so many epochs were over."""
+        for _ in range(epochs):
+            self._order()
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -278,11 +285,8 @@ def _train(
         start, before = warm["epoch"], warm["history"]
         for part, state in zip(parts, warm["states"], strict=True):
             part.load_state_dict(state)
-
-    def at_epoch(epoch: int) -> None:
-        batches.epoch = outliers.epoch = epoch
-        if with_outliers:
-            pairs.restart()
+        batches.skip(start)
+        outliers.skip(start)  # as many batches as the ID images make
 
     def keep(epoch: int, means: dict[str, float]) -> None:
         before_tau = method in ("edge", "conf") and not EdgeSchedule(s.tau, s.epochs).is_on(epoch)
@@ -300,7 +304,6 @@ def _train(
         scheduler=scheduler,
         start_epoch=start,
         device=device,
-        before_epoch=at_epoch,
         after_epoch=keep,
     )
     return model, before + history

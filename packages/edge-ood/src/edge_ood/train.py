@@ -295,6 +295,8 @@ class _Run:
         )
         if s.channels_last and not s.fsdp:  # FSDP shards contiguous parameters alone
             self.model = self.model.to(memory_format=torch.channels_last)
+        if s.sync_bn and self.device.type == "cpu":
+            raise InputError("--sync-bn works on GPUs alone; leave it out on a CPU")
         if s.sync_bn and self.world > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         self.model.to(self.device)
