@@ -1,11 +1,10 @@
 """A comparison on image files: features once for all methods, then the protocol of `evaluate`."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +18,8 @@ from internet_neg.models import load_transform
 from internet_neg.presets import NEGLABEL, ImageList, get_benchmark, imagenet_classnames
 from internet_neg.proxies import class_folders, embed_images, is_image
 from internet_neg.vocabulary import Vocabulary
-from shared_core.errors import InputError
-from shared_core.run import load_state, save_state
 
-__all__ = ["METHODS", "Settings", "run_benchmark"]
+__all__ = ["METHODS", "Prepared", "Settings", "prepare_benchmark", "run_benchmark"]
 
 METHODS = ("mcm", "neglabel", "text-only", "interneg")
 
@@ -153,16 +150,35 @@ class Settings:
         }
 
 
-def run_benchmark(
+@dataclass
+class Prepared:
+    """Fitted detectors and the features that they share.
+
+    Attributes:
+        detectors: By method.
+        known: Features of the known test images.
+        labels: Their classes.
+        unknown: Features of every set of unknown images.
+        settings: What they come from.
+    """
+
+    detectors: dict[str, InterNegDetector]
+    known: Tensor
+    labels: Tensor
+    unknown: dict[str, Tensor]
+    settings: Settings
+
+
+def prepare_benchmark(
     encoder: Any,
     settings: Settings,
     methods: Sequence[str],
     vocabulary: Vocabulary,
     cache: Path | None = None,
     *,
-    rank_by: str = "margin",
-) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[tuple[str, str], StreamResult], int]:
-    """Embed all images once, fit the methods, and compare them.
+    sync: bool = False,
+) -> Prepared:
+    """Embed all images and words once, and fit the methods.
 
     Args:
         encoder: The model.
@@ -170,24 +186,31 @@ def run_benchmark(
         methods: Some of `METHODS`.
         vocabulary: Candidate words.
         cache: Folder that keeps features; None keeps none.
-        rank_by: ``margin`` or ``score``.
+        sync: With torch.distributed, whether the ranks share the work; all have to call.
 
-    Returns:
-        What `internet_neg.evaluate.compare` returns, and the number of known images.
+    Raises:
+        InterNegError: If a method is not known, a label is none of the classes, or an image is
+            missing or broken.
     """
-    if not methods or (unknown := [m for m in methods if m not in METHODS]):
+    if not methods or (strange := [m for m in methods if m not in METHODS]):
         raise InterNegError(
-            f"methods {', '.join(unknown) if methods else 'are missing'}; "
+            f"methods {', '.join(strange) if methods else 'are missing'}; "
             f"accepted: {', '.join(METHODS)}"
         )
-    if rank_by not in ("margin", "score"):
-        raise InterNegError(f"rank_by={rank_by!r}; accepted: margin, score")
+    names = settings.classnames
+    wrong = [label for label in settings.known[1] if not 0 <= label < len(names)]
+    if wrong:
+        raise InterNegError(
+            f"a known test image has label {wrong[0]}; accepted: 0 to {len(names) - 1}, in the "
+            "order of the class names"
+        )
+    transform = load_transform(settings.transform, encoder)
 
     def embed(files: list[Path]) -> Tensor:
-        return _cached_features(encoder, files, settings.transform, cache)
+        kept = None if cache is None else (cache, settings.transform)
+        return embed_images(encoder, files, transform=transform, cache=kept, sync=sync)
 
     source = {"features": embed(settings.shots[0]), "labels": torch.tensor(settings.shots[1])}
-    names = settings.classnames
     text_only = dataclasses.replace(settings.config, text_only=True)
     makers: dict[str, Callable[[], InterNegDetector]] = {
         "mcm": lambda: MCMDetector(encoder, names, InterNegConfig(), vocabulary, cache),
@@ -195,42 +218,33 @@ def run_benchmark(
         "text-only": lambda: InterNegDetector(encoder, names, text_only, vocabulary, cache),
         "interneg": lambda: InterNegDetector(encoder, names, settings.config, vocabulary, cache),
     }
-    detectors = {method: makers[method]().fit(source) for method in methods}
-    known = embed(settings.known[0])
-    table, streams = compare(
-        detectors,
-        known,
+    return Prepared(
+        {method: makers[method]().fit(source, sync=sync) for method in methods},
+        embed(settings.known[0]),
+        torch.tensor(settings.known[1]),
         {name: embed(files) for name, files in settings.unknown.items()},
-        labels=torch.tensor(settings.known[1]),
-        batch_size=settings.batch_size,
-        seeds=[settings.config.seed],
-        rank_by=cast(Literal["margin", "score"], rank_by),
+        settings,
     )
-    return table, streams, len(known)
 
 
-def _cached_features(
-    encoder: Any, files: list[Path], transform: str, folder: Path | None
-) -> Tensor:
-    if folder is None:
-        return embed_images(encoder, files, transform=load_transform(transform, encoder))
-    digest = hashlib.sha256(f"{encoder.fingerprint()} {transform}".encode())
-    for file in files:
-        try:
-            stat = file.stat()
-        except OSError as error:
-            raise InterNegError(f"the image {file} is not there") from error
-        digest.update(f"\0{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
-    path = folder / f"images-{digest.hexdigest()[:32]}.safetensors"
-    if path.is_file():
-        try:
-            features: Tensor = load_state(path)
-            return features.to(encoder.device)
-        except InputError:
-            path.unlink()  # a damaged cache is made anew
-    features = embed_images(encoder, files, transform=load_transform(transform, encoder))
-    save_state(path, features)
-    return features
+def run_benchmark(
+    prepared: Prepared, *, rank_by: Literal["margin", "score"] = "margin"
+) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[tuple[str, str], StreamResult]]:
+    """Compare fitted methods on the features that they share; see `internet_neg.evaluate.compare`.
+
+    Args:
+        prepared: What `prepare_benchmark` returned.
+        rank_by: ``margin`` or ``score``.
+    """
+    return compare(
+        prepared.detectors,
+        prepared.known,
+        prepared.unknown,
+        labels=prepared.labels,
+        batch_size=prepared.settings.batch_size,
+        seeds=[prepared.settings.config.seed],
+        rank_by=rank_by,
+    )
 
 
 def _labelled(folder: Path, classnames: list[str]) -> Files:

@@ -172,7 +172,11 @@ class _Encoder:
         features = torch.empty(len(ids), self.dim, device=self.device)
         order = lengths.argsort(stable=True)
         parts = order.split(batch_size)  # type: ignore[no-untyped-call]
-        for part in progress(parts, description="text features", unit="batch"):
+        # Few batches are one part of a longer extraction, which has a bar of its own.
+        bar = (
+            progress(parts, description="text features", unit="batch") if len(parts) > 4 else parts
+        )
+        for part in bar:
             length = int(lengths[part].max())
             found = self._text_features(ids[part, :length].to(self.device))
             features[part.to(self.device)] = found.to(features.dtype)
