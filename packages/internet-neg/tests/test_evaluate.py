@@ -19,11 +19,14 @@ from internet_neg import (
     Vocabulary,
     ood_metrics,
 )
+from internet_neg._inputs import labelled_images
 from internet_neg.adapters import InterNegOOD
 from internet_neg.benchmark import METHODS, Settings, prepare_benchmark, run_benchmark
 from internet_neg.evaluate import compare, read_imglist, run_stream, stream_metrics
 from internet_neg.plots import plot_bank, plot_margins, plot_roc
 from internet_neg.presets import BENCHMARKS, ImageList
+from internet_neg.proxies import embed_images
+from shared_core.data.loading import load_images
 from shared_core.metrics import fpr_at_recall
 
 Unit = Callable[..., Tensor]
@@ -119,10 +122,10 @@ def test_a_comparison_on_files(
     mini: OpenClipEncoder, image_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = image_folders
-    settings = Settings.from_folders(
+    settings = Settings.from_sources(
         ["red star", "blue bar"],
-        root / "id",
-        root / "shots",
+        str(root / "id"),
+        str(root / "shots"),
         [f"noise={root / 'ood'}"],
         negatives=5,
         groups=1,
@@ -229,14 +232,35 @@ def test_pytorch_ood_gives_the_same_mcm_and_metrics(unit: Unit) -> None:
     assert own["fpr95_ood_positive"] == pytest.approx(float(found["FPR95TPR"]), abs=1e-6)
 
 
-def test_folders_that_are_not_there(image_folders: Path) -> None:
-    root, names = image_folders, ["red star", "blue bar"]
+def test_sources_that_are_not_there(image_folders: Path) -> None:
+    root, names = str(image_folders), ["red star", "blue bar"]
     options: dict[str, Any] = {"negatives": 5, "groups": 1}
+    ood = [f"a={root}/ood"]
     for args, message in (
-        ((names, root / "id", root / "shots", ["noise"]), "accepted: NAME=FOLDER"),
-        ((names, root / "id", root / "absent", [f"a={root}/ood"]), "there is no folder"),
-        ((names, root / "id", root / "ood", [f"a={root}/ood"]), "no subfolder of images"),
-        ((["red star"], root / "id", root / "shots", [f"a={root}/ood"]), "none of the class names"),
+        ((names, f"{root}/id", f"{root}/shots", ["noise"]), "accepted: NAME=FOLDER"),
+        ((names, f"{root}/id", f"{root}/absent", ood), "there is no folder"),
+        ((names, f"{root}/id", f"{root}/ood", ood), "no subfolder of images"),
+        ((["red star"], f"{root}/id", f"{root}/shots", ood), "'blue bar' in .* is none of the cl"),
+        ((names, f"{root}/id", f"{root}/shots", [f"a={root}/absent"]), "no folder or list"),
+        ((names, f"{root}/id", f"{root}/shots", ["a=digits@nowhere"]), "nowhere"),
     ):
-        with pytest.raises(InterNegError, match=message):
-            Settings.from_folders(*args, **options)
+        with pytest.raises(ValueError, match=message):
+            Settings.from_sources(*args, **options)
+
+
+def test_data_sets_are_images_too(mini: OpenClipEncoder, tmp_path: Path) -> None:
+    settings = Settings.from_sources(
+        None, "digits@test[:5]", "digits@train", ["x=digits@test[:3]"], negatives=5, groups=None
+    )
+    assert len(settings.classnames) == 10
+    assert len(settings.shots[0]) == 160
+    images, labels = settings.known
+    features = embed_images(mini, images, cache=(tmp_path, "clip"))
+    pictures = [load_images("digits", split="test")[i] for i in range(5)]
+    assert labels == [label for _, label in pictures]
+    assert torch.allclose(features, embed_images(mini, [image for image, _ in pictures]))
+    again = embed_images(mini, settings.unknown["x"], cache=(tmp_path, "clip"))
+    assert torch.allclose(again, features[:3], atol=1e-6)
+    names = settings.classnames[::-1]  # numbers are those of the class names that were given
+    turned = labelled_images("digits@test[:5]", "test", names)
+    assert turned[1] == [9 - label for label in labels]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from internet_neg._inputs import labelled_images, unlabelled_images
 from internet_neg.baselines import MCMDetector, NegLabelDetector
 from internet_neg.config import InterNegConfig
 from internet_neg.detector import InterNegDetector
@@ -16,14 +17,21 @@ from internet_neg.errors import InterNegError
 from internet_neg.evaluate import StreamResult, compare, read_imglist
 from internet_neg.models import load_transform
 from internet_neg.presets import NEGLABEL, ImageList, get_benchmark, imagenet_classnames
-from internet_neg.proxies import class_folders, embed_images, is_image
+from internet_neg.proxies import embed_images
 from internet_neg.vocabulary import Vocabulary
 
-__all__ = ["METHODS", "Prepared", "Settings", "prepare_benchmark", "run_benchmark"]
+__all__ = [
+    "METHODS",
+    "Prepared",
+    "Settings",
+    "default_groups",
+    "prepare_benchmark",
+    "run_benchmark",
+]
 
 METHODS = ("mcm", "neglabel", "text-only", "interneg")
 
-Files = tuple[list[Path], list[int]]
+Images = tuple[list[Any], list[int]]
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,9 @@ class Settings:
     """
 
     classnames: list[str]
-    known: Files
-    shots: Files
-    unknown: dict[str, list[Path]]
+    known: Images
+    shots: Images
+    unknown: dict[str, list[Any]]
     config: InterNegConfig
     neglabel: InterNegConfig
     batch_size: int = 256
@@ -62,7 +70,7 @@ class Settings:
             raise InterNegError(f"the preset {name} reads images of your own: give --data-root")
         root = Path(data_root)
 
-        def read(part: ImageList) -> Files:
+        def read(part: ImageList) -> Images:
             path = root / "benchmark_imglist" / part.imglist
             found = read_imglist(path, root / "images_largescale")
             if len(found[0]) != part.count:
@@ -84,47 +92,40 @@ class Settings:
         )
 
     @classmethod
-    def from_folders(
+    def from_sources(
         cls,
-        classnames: list[str],
-        known: Path,
-        id_images: Path,
+        classnames: list[str] | None,
+        known: str,
+        id_images: str,
         ood: Sequence[str],
         *,
         negatives: int,
-        groups: int,
+        groups: int | None,
     ) -> "Settings":
-        """Folders and lists of your own.
+        """Images of your own, or data sets of the hub; see `labelled_images` of ``_inputs``.
 
         Args:
-            classnames: Names of the known classes.
-            known: Folder with a subfolder for each class, or a list.
-            id_images: Folder with a subfolder for each class.
-            ood: ``NAME=PATH`` for each set.
+            classnames: Names of the known classes; None takes those of `id_images`.
+            known: Test images of the known classes.
+            id_images: Images of them for the proxies.
+            ood: ``NAME=SOURCE`` for each set of unknown images.
             negatives: M of InterNeg and NegLabel.
-            groups: G of both.
+            groups: G of both; None is 5 from 100 classes on, else 1.
 
         Raises:
             InterNegError: If something is missing.
         """
         unknown = {}
         for item in ood:
-            name, _, where = item.partition("=")
-            if not where:
-                raise InterNegError(f"--ood {item!r}; accepted: NAME=FOLDER or NAME=LIST")
-            path = Path(where)
-            if path.is_dir():
-                files = sorted(file for file in path.rglob("*") if is_image(file))
-            else:
-                files = read_imglist(path, path.parent)[0]
-            if not files:
-                raise InterNegError(f"there are no images in {path}")
-            unknown[name] = files
-        config = InterNegConfig(negatives=negatives, groups=groups)
-        images, labels = _labelled(id_images, classnames)
+            name, _, source = item.partition("=")
+            if not source:
+                raise InterNegError(f"--ood {item!r}; accepted: NAME=FOLDER, NAME=LIST or a hub id")
+            unknown[name] = unlabelled_images(source, "test")
+        images, labels, names = labelled_images(id_images, "train", classnames)
+        config = InterNegConfig(negatives=negatives, groups=default_groups(groups, len(names)))
         return cls(
-            classnames,
-            _labelled(known, classnames) if known.is_dir() else read_imglist(known, known.parent),
+            names,
+            labelled_images(known, "test", names)[:2],
             _draw(images, labels, config.shots or 16, config.seed),
             unknown,
             config,
@@ -206,7 +207,7 @@ def prepare_benchmark(
         )
     transform = load_transform(settings.transform, encoder)
 
-    def embed(files: list[Path]) -> Tensor:
+    def embed(files: list[Any]) -> Tensor:
         kept = None if cache is None else (cache, settings.transform)
         return embed_images(encoder, files, transform=transform, cache=kept, sync=sync)
 
@@ -247,18 +248,12 @@ def run_benchmark(
     )
 
 
-def _labelled(folder: Path, classnames: list[str]) -> Files:
-    numbers = {name: index for index, name in enumerate(classnames)}
-    images, labels = [], []
-    for name, files in class_folders(folder).items():
-        if name not in numbers:
-            raise InterNegError(f"the folder {folder / name} is none of the class names")
-        images += files
-        labels += [numbers[name]] * len(files)
-    return images, labels
+def default_groups(groups: int | None, classes: int) -> int:
+    """G if it is given, else 5 from 100 classes on, and 1 for fewer."""
+    return groups if groups is not None else (5 if classes >= 100 else 1)
 
 
-def _draw(images: list[Path], labels: list[int], shots: int, seed: int) -> Files:
+def _draw(images: list[Any], labels: list[int], shots: int, seed: int) -> Images:
     """At most `shots` images of each class, so that no more than those are embedded."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     counts: dict[int, int] = {}

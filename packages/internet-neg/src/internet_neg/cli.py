@@ -41,8 +41,8 @@ Pretrained = Annotated[
 ]
 Classes = Annotated[Path | None, typer.Option("--classes", help="File with a class name a line.")]
 IdImages = Annotated[
-    Path | None,
-    typer.Option("--id-images", help="Folder of known images, a subfolder for each class."),
+    str | None,
+    typer.Option("--id-images", help="Known images: a folder of class folders, or a hub id."),
 ]
 Vocab = Annotated[Path | None, typer.Option("--vocab", help="File of words: text, CSV or JSON.")]
 WordnetDir = Annotated[
@@ -78,37 +78,14 @@ def _legend() -> str:
     return "\n".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _class_names(classes: Path | None, id_images: str | None) -> list[str]:
+    from internet_neg._inputs import labelled_images, read_lines
 
-
-def _vocabulary(vocab: Path | None, wordnet_dir: Path | None, exclude: str | None) -> Any:
-    from internet_neg.vocabulary import EXCLUDED, Vocabulary
-
-    left_out = EXCLUDED if exclude is None else [e.strip() for e in exclude.split(",") if e.strip()]
-    if vocab is not None:
-        return Vocabulary.from_file(vocab)
-    if wordnet_dir is not None:
-        return Vocabulary.from_wordnet_folder(wordnet_dir, left_out)
-    return Vocabulary.wordnet(left_out)
-
-
-def _class_names(classes: Path | None, id_images: Path | None) -> list[str]:
     if classes is not None:
-        return _lines(classes)
+        return read_lines(classes)
     if id_images is None:
-        raise InputError("name the known classes: --classes FILE, or --id-images FOLDER")
-    if not id_images.is_dir():
-        raise InputError(f"there is no folder {id_images}")
-    return sorted(child.name for child in id_images.iterdir() if child.is_dir())
-
-
-def _groups(groups: int | None, classes: int) -> int:
-    return groups if groups is not None else (5 if classes >= 100 else 1)
+        raise InputError("name the known classes: --classes FILE, or --id-images SOURCE")
+    return labelled_images(id_images, "train")[2]
 
 
 def _device(name: str) -> Any:
@@ -129,24 +106,6 @@ def _encoder(model: str | None, pretrained: str | None, device: str) -> Any:
     if model is None:
         raise InputError("which model? --model vit-b16, or an architecture with --pretrained")
     return load_encoder(model, pretrained, device=_device(device))
-
-
-def _proxies(path: Path) -> Any:
-    """Proxies [K, D] of another detector's folder, or of a .npy file."""
-    import numpy as np
-    import torch
-
-    from internet_neg._saving import read_state
-
-    if path.is_dir():
-        return read_state(path)["proxies"]
-    try:
-        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"cannot read proxies from {path}: {error}; accepted: a detector's folder, or a .npy "
-            "file of a row for each class"
-        ) from error
 
 
 @command(app)
@@ -258,7 +217,9 @@ def negatives(
 
     Example: internet-neg negatives --model vit-b16 --id-images shots/ --out my-detector
     """
+    from internet_neg._inputs import labelled_images, read_proxies, read_vocabulary
     from internet_neg._parallel import process_group
+    from internet_neg.benchmark import default_groups
     from internet_neg.config import InterNegConfig
     from internet_neg.detector import InterNegDetector
     from shared_core.run import RunFolder, atomic_path
@@ -266,19 +227,24 @@ def negatives(
     names = _class_names(classes, id_images)
     config = InterNegConfig(
         negatives=count,
-        groups=_groups(groups, len(names)),
+        groups=default_groups(groups, len(names)),
         beta=beta,
         text_only=text_only,
         seed=seed,
     )
-    vocabulary = _vocabulary(vocab, wordnet_dir, exclude)
+    vocabulary = read_vocabulary(vocab, wordnet_dir, exclude)
     encoder = _encoder(model, pretrained, device)
     detector = InterNegDetector(encoder, names, config, vocabulary, cache_dir=cache)
     if proxies is not None and id_images is not None:
         raise InputError("give either --id-images or --proxies")
-    source = id_images if proxies is None else _proxies(proxies)
+    source: Any = "text"
+    if proxies is not None:
+        source = read_proxies(proxies)
+    elif id_images is not None:
+        images, labels, _ = labelled_images(id_images, "train", names)
+        source = list(zip(images, labels, strict=True))
     with process_group(encoder.device) as reports:
-        detector.fit("text" if source is None else source, sync=True)
+        detector.fit(source, sync=True)
     if not reports:
         return
     run = RunFolder(out or Path("runs/internet-neg/detector"))
@@ -305,22 +271,6 @@ def negatives(
     }
     text = f"{format_table(rows)}\n\n{len(chosen)} negative texts: {run.path}/negatives.tsv"
     show_result(summary, text, as_json=as_json)
-
-
-def _image_files(paths: list[Path]) -> list[Path]:
-    from internet_neg.proxies import is_image
-
-    found = []
-    for path in paths:
-        if path.is_dir():
-            found += sorted(f for f in path.rglob("*") if is_image(f))
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise InputError(f"there is no image or folder {path}")
-    if not found:
-        raise InputError("there are no images in " + ", ".join(map(str, paths)))
-    return found
 
 
 @command(app)
@@ -355,6 +305,7 @@ def score(
 
     Example: internet-neg score my-detector photos/ --threshold 0.5
     """
+    from internet_neg._inputs import image_files
     from internet_neg.detector import InterNegDetector
     from internet_neg.errors import InterNegError
     from internet_neg.models import load_encoder
@@ -363,7 +314,7 @@ def score(
 
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"--threshold {threshold}; scores lie in [0, 1]")
-    files = _image_files(images)
+    files = image_files(images)
     run = None if out is None else RunFolder(out)
     try:
         source = json.loads((detector / "config.json").read_text(encoding="utf-8"))["model"]
@@ -435,11 +386,12 @@ def evaluate(
         typer.Option("--data-root", help="OpenOOD's folder: benchmark_imglist/ and images_*/."),
     ] = None,
     known: Annotated[
-        Path | None,
-        typer.Option("--id", help="Known test images: folder of class folders, or list."),
+        str | None,
+        typer.Option("--id", help="Known test images: folder of class folders, list, or hub id."),
     ] = None,
     ood: Annotated[
-        list[str] | None, typer.Option("--ood", help="NAME=FOLDER or NAME=LIST; repeat for more.")
+        list[str] | None,
+        typer.Option("--ood", help="NAME=FOLDER, NAME=LIST or NAME=HUB-ID; repeat for more."),
     ] = None,
     id_images: IdImages = None,
     classes: Classes = None,
@@ -468,10 +420,12 @@ def evaluate(
     """Compare the methods on known and unknown images, with shared features.
 
     Under torchrun the processes share out the embedding of words and images. What is embedded is
-    kept under --cache, and an interrupted run goes on from there.
+    kept under --cache, and an interrupted run goes on from there. A hub id is owner/name, or
+    owner/name@split.
 
     Example: internet-neg eval --model vit-b16 --id test/ --id-images shots/ --ood dtd=dtd/images
     """
+    from internet_neg._inputs import read_lines, read_vocabulary
     from internet_neg._parallel import process_group
     from internet_neg.benchmark import Settings, prepare_benchmark, run_benchmark
     from internet_neg.evaluate import CONVENTIONS
@@ -485,16 +439,16 @@ def evaluate(
             raise InputError(
                 "give --preset with --data-root, or --id, --id-images and --ood NAME=PATH"
             )
-        names = _class_names(classes, id_images)
-        settings = Settings.from_folders(
-            names, known, id_images, ood, negatives=count, groups=_groups(groups, len(names))
+        names = None if classes is None else read_lines(classes)
+        settings = Settings.from_sources(
+            names, known, id_images, ood, negatives=count, groups=groups
         )
     settings = settings.with_changes(beta=beta, seed=seed, batch_size=batch_size)
     if rank_by not in ("margin", "score"):
         raise InputError(f"--rank-by {rank_by!r}; accepted: margin, score")
     encoder = _encoder(model or ("vit-b16" if preset else None), pretrained, device)
     wanted = [m.strip() for m in methods.split(",") if m.strip()]
-    vocabulary = _vocabulary(vocab, wordnet_dir, exclude)
+    vocabulary = read_vocabulary(vocab, wordnet_dir, exclude)
     with process_group(encoder.device) as reports:
         prepared = prepare_benchmark(encoder, settings, wanted, vocabulary, cache, sync=True)
     if not reports:
@@ -538,9 +492,10 @@ def vocab(
     as_json: Json = False,
 ) -> None:
     """Count the words of a vocabulary (stats), or write them to words.txt in --out (build)."""
+    from internet_neg._inputs import read_vocabulary
     from shared_core.run import RunFolder, atomic_path
 
-    words = _vocabulary(vocab, wordnet_dir, exclude)
+    words = read_vocabulary(vocab, wordnet_dir, exclude)
     summary: dict[str, Any] = {"nouns": len(words.nouns), "adjectives": len(words.adjectives)}
     if action == "build":
         path = RunFolder(out or Path("runs/internet-neg/vocab")).path / "words.txt"

@@ -285,9 +285,11 @@ class OpenClipEncoder(_Encoder):
         import open_clip
 
         if pretrained == "openai" and "quickgelu" not in model.lower():
-            raise InterNegError(
-                f"OpenAI's weights were trained with QuickGELU: take {model}-quickgelu"
+            warnings.warn(
+                f"OpenAI's weights were trained with QuickGELU: taking {model}-quickgelu",
+                stacklevel=2,
             )
+            model = f"{model}-quickgelu"
         try:
             network, _, preprocess = open_clip.create_model_and_transforms(
                 model, pretrained=pretrained or None, device=device or "cpu"

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 from internet_neg._checks import check_embeddings, normalize
 from internet_neg._features import features_in_parts
 from internet_neg.errors import InterNegError
+from shared_core.data.loading import ImageDataset
 
 if TYPE_CHECKING:
     from internet_neg.encoders import DualEncoder
 
 __all__ = [
+    "DataImage",
     "ProxyBuilder",
     "class_folders",
     "class_proxies",
@@ -112,6 +115,26 @@ def read_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
         raise InterNegError(f"the image {os.fspath(path)} {reason}: {error}") from error
 
 
+@dataclass(frozen=True)
+class DataImage:
+    """An image of a data set, read when it is needed.
+
+    Attributes:
+        data: The data set.
+        source: Its name, split and version.
+        index: Which of its images.
+    """
+
+    data: ImageDataset
+    source: str
+    index: int
+
+    def read(self) -> PIL.Image.Image:
+        """The image in RGB."""
+        image: PIL.Image.Image = self.data[self.index][0]
+        return image
+
+
 def embed_images(
     encoder: "DualEncoder",
     images: Any,
@@ -165,7 +188,9 @@ def embed_images(
 
 
 def _identity(file: Any) -> str:
-    """A file's name, size and time of change."""
+    """A file's name, size and time of change; a data set's version and the place in it."""
+    if isinstance(file, DataImage):
+        return f"{file.source} {file.index}"
     try:
         stat = Path(file).stat()
     except OSError as error:
@@ -176,7 +201,7 @@ def _identity(file: Any) -> str:
 def _open(image: Any) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
         return image.convert("RGB")
-    return read_image(image)
+    return image.read() if isinstance(image, DataImage) else read_image(image)
 
 
 class ProxyBuilder:
