@@ -7,6 +7,7 @@ that was interrupted goes on where it stopped, and equal parts of other runs are
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,10 @@ def features_in_parts(
         pieces = pieces[first:last]
     model = "" if folder is None else encoder.fingerprint()
     found = [torch.zeros(0, encoder.dim, device=encoder.device)]
-    for piece in progress(pieces, description=f"{kind[:-1]} features", unit="part"):
+    bar: Any = pieces
+    if len(pieces) > 1:
+        bar = progress(pieces, description=f"{kind[:-1]} features", unit="part")
+    for piece in bar:
         if folder is None:
             found.append(compute(piece).float())
             continue
