@@ -19,7 +19,7 @@ from internet_neg import (
     Vocabulary,
     ood_metrics,
 )
-from internet_neg._inputs import labelled_images
+from internet_neg._inputs import labelled_images, unlabelled_images
 from internet_neg.adapters import InterNegOOD
 from internet_neg.benchmark import METHODS, Settings, prepare_benchmark, run_benchmark
 from internet_neg.evaluate import compare, read_imglist, run_stream, stream_metrics
@@ -264,3 +264,14 @@ def test_data_sets_are_images_too(mini: OpenClipEncoder, tmp_path: Path) -> None
     names = settings.classnames[::-1]  # numbers are those of the class names that were given
     turned = labelled_images("digits@test[:5]", "test", names)
     assert turned[1] == [9 - label for label in labels]
+
+
+def test_parquet_files_are_images_too(tenfold_data: Path) -> None:
+    pytest.importorskip("datasets", reason="needs internet-neg[data]")
+    source = str(tenfold_data / "cifar10-test.parquet")
+    images, labels, names = labelled_images(source, "test")
+    assert (len(images), len(set(labels)), names[0]) == (4000, 10, "airplane")
+    assert images[7].read().size == (32, 32)
+    assert len(unlabelled_images(source, "test")) == 4000
+    with pytest.raises(InterNegError, match=r"'bird' in .* is none of the class names"):
+        labelled_images(source, "test", ["airplane", "automobile"])

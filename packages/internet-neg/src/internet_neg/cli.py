@@ -244,10 +244,11 @@ def negatives(
         images, labels, _ = labelled_images(id_images, "train", names)
         source = list(zip(images, labels, strict=True))
     with process_group(encoder.device) as reports:
+        # Made before the long work, which should not fail for a folder's sake; by one process.
+        run = RunFolder(out or Path("runs/internet-neg/detector")) if reports else None
         detector.fit(source, sync=True)
-    if not reports:
+    if run is None:
         return
-    run = RunFolder(out or Path("runs/internet-neg/detector"))
     detector.save_pretrained(run.path)
     chosen = detector.negatives
     with atomic_path(run.path / "negatives.tsv") as temporary:
@@ -450,11 +451,13 @@ def evaluate(
     wanted = [m.strip() for m in methods.split(",") if m.strip()]
     vocabulary = read_vocabulary(vocab, wordnet_dir, exclude)
     with process_group(encoder.device) as reports:
+        run = None
+        if reports:
+            run = RunFolder(out or Path("runs/internet-neg") / f"eval-{preset or 'own'}")
+            run.write_config("internet-neg eval", {"model": encoder.source, **settings.describe()})
         prepared = prepare_benchmark(encoder, settings, wanted, vocabulary, cache, sync=True)
-    if not reports:
+    if run is None:
         return
-    run = RunFolder(out or Path("runs/internet-neg") / f"eval-{preset or 'own'}")
-    run.write_config("internet-neg eval", {"model": encoder.source, **settings.describe()})
     table, streams = run_benchmark(prepared, rank_by="score" if rank_by == "score" else "margin")
     n_id = len(prepared.known)
     rows = [
