@@ -316,6 +316,8 @@ def score(
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"--threshold {threshold}; scores lie in [0, 1]")
     files = image_files(images)
+    if out is not None and out.resolve() == detector.resolve():
+        raise InputError(f"--out {out} is the detector's own folder; choose another")
     run = None if out is None else RunFolder(out)
     try:
         source = json.loads((detector / "config.json").read_text(encoding="utf-8"))["model"]
