@@ -89,6 +89,8 @@ def test_id_accuracy_is_that_of_plain_zero_shot(make_detector: Make, unit: Unit)
     assert len(plot_roc(streams, 20).axes) == 2
     assert len(plot_margins(streams, 20).axes) == 4
     assert plot_bank({k: s for k, s in streams.items() if k[0] == "mcm"}) is None
+    growth = plot_bank({("ours", "a"): run_stream(detectors["ours"], known, batch_size=20)})
+    assert [line.get_xdata().tolist() for line in growth.axes[0].lines] == [[0, 20]] * 3
     with pytest.raises(InterNegError, match="at least one set"):
         compare(detectors, known, {})
 
