@@ -48,7 +48,9 @@ class DemoSettings:
         shots: Training images of each base class.
         test_images: Test images of each class.
         epochs: Passes over the shots.
-        lr: Learning rate of prompts; the paper's 0.002 does nothing to so small a model.
+        lr: Learning rate of GMoP's base prompt; the paper's 0.002 does nothing to so small a model.
+        lr_coop: That of CoOp's prompt.
+        lr_detector: That of GMoP's detectors.
         n_ctx_detector: Context length of detectors.
     """
 
@@ -60,6 +62,8 @@ class DemoSettings:
     test_images: int = 40
     epochs: int = 18
     lr: float = 0.1
+    lr_coop: float = 0.1
+    lr_detector: float = 0.1
     n_ctx_detector: int = 4
 
 
@@ -217,15 +221,18 @@ def run_seed(
     task = Task.draw(backbone, settings, seed)
     evaluations: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     history: list[dict[str, float]] = []
-    recipe = TrainConfig(lr=settings.lr, epochs=settings.epochs, seed=seed)
+    recipe = TrainConfig(
+        lr=settings.lr, lr_detector=settings.lr_detector, epochs=settings.epochs, seed=seed
+    )
     tuned: dict[GMoPConfig, GMoP] = {}
+    recipes = {"CoOp": replace(recipe, lr=settings.lr_coop)}
     for name, config in methods(settings, seed).items():
         model = GMoP(backbone, task.base_classes, config=config).set_classes(task.new_classes)
         same = replace(config, new_prompt="template")
         if same in tuned:  # only what is asked of the contexts differs, not their training
             model.load_contexts(tuned[same].contexts())
         elif config.base_prompt == "tuned":
-            losses = GMoPTrainer(model, task.train, config=recipe).fit()
+            losses = GMoPTrainer(model, task.train, config=recipes.get(name, recipe)).fit()
             history = losses if name == "GMoP" else history
             tuned[same] = model
         evaluations[name] = evaluation(model, task.base, task.new)
