@@ -29,7 +29,7 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun or accelerate started, and give each its GPU."""
+    """Join the processes that torchrun started, and give each its GPU."""
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if device.type == "cuda" and (started or _world() > 1):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

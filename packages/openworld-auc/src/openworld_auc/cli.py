@@ -270,8 +270,8 @@ def train(
 ) -> None:
     """Tune prompts on a few images of the base classes, and test on base and new ones.
 
-    Several processes or GPUs: torchrun --nproc-per-node N -m openworld_auc.cli train ..., or
-    accelerate launch -m openworld_auc.cli train ...; the result is that of one process.
+    Several processes or GPUs: torchrun --nproc-per-node N -m openworld_auc.cli train ...; the
+    result is that of one process.
 
     Example: openworld-auc train --preset oxford_pets --data pets/images
     --split-file split_zhou_OxfordPets.json --backbone ViT-B-16-quickgelu --pretrained openai

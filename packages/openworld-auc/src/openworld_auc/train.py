@@ -1,6 +1,6 @@
 """Training of prompts on cached image features: the tower is frozen, so each image is seen once.
 
-Under ``torchrun`` or ``accelerate launch`` several processes share out images while features are
+Under ``torchrun`` several processes share out images while features are
 computed, and prompts while they are tuned; one of them writes.
 """
 
@@ -194,7 +194,7 @@ class GMoPTrainer:
     ) -> list[dict[str, float]]:
         """Train, and give the mean losses of each epoch.
 
-        With torch.distributed (also when accelerate set it up) all processes call this with the
+        With torch.distributed all processes call this with the
         same model and features; they share out the prompts of each step and end in the same
         contexts. A `run` is then a folder that all of them see; the first one writes.
 
