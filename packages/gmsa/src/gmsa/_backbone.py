@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,11 +12,13 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from shared_core.errors import InputError
 
 __all__ = [
     "add_lora",
+    "bars_for_people_only",
     "check_causal_lm",
     "first_blocks",
     "load_causal_lm",
@@ -166,6 +169,12 @@ def randomize(module: nn.Module, std: float) -> None:
             nn.init.normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def bars_for_people_only() -> None:
+    """Switch the bars of transformers off where stderr is no terminal, as ours are."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 def load_causal_lm(name: str | os.PathLike[str], **kwargs: Any) -> Any:

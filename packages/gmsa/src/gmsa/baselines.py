@@ -12,12 +12,36 @@ import torch
 
 from shared_core.errors import InputError, MissingExtraError
 
-__all__ = ["BASELINES", "answer_plain", "llmlingua2", "shorten", "truncate"]
+__all__ = [
+    "BASELINES",
+    "answer_plain",
+    "check_baselines",
+    "llmlingua2",
+    "shorten",
+    "truncate",
+]
 
 BASELINES = ("full", "closed-book", "truncation", "truncation-end", "llmlingua2")
 """Baselines by name: the whole context, none, its first or last ⌈n / r⌉ tokens, LLMLingua-2."""
 
 LLMLINGUA2 = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank"
+
+
+def check_baselines(text: str | None) -> list[str]:
+    """The baselines that a list with commas names.
+
+    Raises:
+        InputError: If there is no such baseline.
+
+    Example:
+        >>> check_baselines("full,truncation")
+        ['full', 'truncation']
+    """
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise InputError(f"no baseline is called {unknown[0]!r}; accepted: {', '.join(BASELINES)}")
+    return names
 
 
 def truncate(text: str, tokenizer: Any, rate: int, *, keep: str = "start") -> str:
@@ -92,8 +116,7 @@ def shorten(
         >>> shorten("closed-book", None)("a text", 4)
         ''
     """
-    if name not in BASELINES:
-        raise InputError(f"no baseline is called {name!r}; accepted: {', '.join(BASELINES)}")
+    check_baselines(name)
     if name == "llmlingua2":
         return llmlingua2(llmlingua2_model, device)
     if name == "full":

@@ -32,13 +32,6 @@ app = new_app(
 )
 
 
-def _rates(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--rates is {text!r}; accepted: whole numbers, by commas") from None
-
-
 @command(app)
 def demo(
     seeds: Annotated[int, typer.Option("--seeds", help="Number of seeds.", min=1)] = 3,
@@ -109,13 +102,14 @@ def _train(
     """What both training commands do."""
     from dataclasses import asdict
 
+    from gmsa.rates import parse_rates
     from gmsa.train import curve, settings_from
     from gmsa.train import train as run_training
     from shared_core.device import select_device
     from shared_core.run import RunFolder
 
     if given["rates"] is not None:
-        given["rates"] = tuple(_rates(given["rates"]))
+        given["rates"] = tuple(parse_rates(given["rates"]))
     settings = settings_from(given, stage, preset)
     place = select_device(device)
     if dry_run:
@@ -415,15 +409,17 @@ def eval_qa(
     f1_first.
     """
     from gmsa._backbone import load_causal_lm
+    from gmsa.baselines import check_baselines
     from gmsa.compressor import open_compressor
     from gmsa.data import read_records
     from gmsa.evaluate import Predictions, evaluate_qa, qa_figure
     from gmsa.presets import OFFICIAL_GENERATION
+    from gmsa.rates import parse_rates
     from shared_core.run import RunFolder
 
     records = read_records(eval_file)[:limit]
-    wanted = _rates(rates)
-    names = [n.strip() for n in baselines.split(",")] if baselines else []
+    wanted = parse_rates(rates)
+    names = check_baselines(baselines)
     compressor = open_compressor(checkpoint, device, seed, dtype, attn, base_model)
     run = RunFolder(out or Path("runs/gmsa/eval-qa"))
     generation: dict[str, Any] = dict(OFFICIAL_GENERATION) if official_generation else {}
@@ -482,10 +478,11 @@ def eval_recon(
     from gmsa.data import read_records
     from gmsa.evaluate import Predictions, evaluate_reconstruction, qa_figure
     from gmsa.evaluation import text_metrics
+    from gmsa.rates import parse_rates
     from shared_core.run import RunFolder
 
     records = read_records(eval_file, ("input",))[:limit]
-    wanted = _rates(rates)
+    wanted = parse_rates(rates)
     if metrics_extra:
         text_metrics(["a"], ["a"])  # a missing library is told before the work
     compressor = open_compressor(checkpoint, device, seed, dtype, attn, base_model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from gmsa._backbone import bars_for_people_only
 from gmsa._checkpoint import fingerprint
 from gmsa.merging import as_rates
 from gmsa.model import GMSAModel
@@ -290,6 +291,7 @@ def open_compressor(
     """
     place = select_device(device)
     seed_everything(seed)
+    bars_for_people_only()
     kind = "auto" if dtype == "auto" else select_dtype(dtype, place)
     found = GMSACompressor.from_pretrained(
         checkpoint, dtype=kind, attn_implementation=attn, base_model=base_model

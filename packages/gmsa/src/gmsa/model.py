@@ -46,7 +46,7 @@ class GMSAOutput(ModelOutput):
         num_soft_tokens: Soft tokens they became.
     """
 
-    loss: Tensor | None = None
+    loss: Any = None  # accelerate makes outputs anew, with a dict in the first place
     num_label_tokens: Tensor | None = None
     num_correct: Tensor | None = None
     num_tokens: Tensor | None = None

@@ -156,14 +156,18 @@ def _load(settings: TrainSettings, dtype: torch.dtype) -> Any:
     return GMSACompressor(model, load_tokenizer(name))
 
 
-def _dataset(settings: TrainSettings, compressor: Any) -> Any:
-    from gmsa.data import AutoencodingDataset, QADataset, read_records
+def _records(settings: TrainSettings) -> list[dict[str, Any]]:
+    """The records to train on, checked for what the stage needs."""
+    from gmsa.data import QA_FIELDS, read_records
+
+    return read_records(settings.train_file, QA_FIELDS if settings.stage == "keft" else ("input",))
+
+
+def _dataset(settings: TrainSettings, compressor: Any, records: list[dict[str, Any]]) -> Any:
+    from gmsa.data import AutoencodingDataset, QADataset
 
     if settings.stage == "keft":
-        return QADataset(
-            read_records(settings.train_file), compressor.tokenizer, settings.max_length
-        )
-    records = read_records(settings.train_file, ("input",))
+        return QADataset(records, compressor.tokenizer, settings.max_length)
     return AutoencodingDataset(
         [record["input"] for record in records],
         compressor.tokenizer,
@@ -194,6 +198,7 @@ def train(
     """
     from transformers import TrainingArguments
 
+    from gmsa._backbone import bars_for_people_only
     from gmsa.data import GMSADataCollator
     from gmsa.trainer import GMSATrainer, MarkWhole
 
@@ -208,12 +213,14 @@ def train(
         )
     if resume:
         check_same(asdict(settings), out)
+    records = _records(settings)
     run = RunFolder(out, resume=resume)
     seed_everything(settings.seed)
+    bars_for_people_only()
     compressor = _load(settings, dtype)
     model, tokenizer = compressor.model, compressor.tokenizer
     model.config.decoder_lora_r = model.config.decoder_lora_alpha = settings.decoder_lora_r
-    data = _dataset(settings, compressor)
+    data = _dataset(settings, compressor, records)
     run.write_config(
         f"gmsa train-{'ae' if settings.stage == 'autoencoding' else 'keft'}",
         asdict(settings), distributions=["gmsa", "transformers", "accelerate", "peft"],
@@ -240,6 +247,7 @@ def train(
         logging_steps=1,
         use_cpu=device.type == "cpu",
         report_to=settings.report_to,
+        disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
     )
@@ -264,7 +272,8 @@ def train(
 
 def _report(trainer: Any, run: RunFolder) -> dict[str, Any]:
     """Write the log and the metrics of a finished stage."""
-    lines = [h for h in trainer.state.log_history if "loss" in h]
+    # Sorted, because a resumed run reads its first lines back in that order.
+    lines = [dict(sorted(h.items())) for h in trainer.state.log_history if "loss" in h]
     metrics = {
         "steps": trainer.state.global_step,
         "first": lines[0] if lines else {},
