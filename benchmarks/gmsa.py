@@ -29,17 +29,18 @@ def main() -> None:
     parser.add_argument("--machine", default="idle", help="Say whether it was loaded.")
     arguments = parser.parse_args()
     device = select_device(arguments.device)
-    names = arguments.cases.split(",")
-    results: dict[str, Any] = {n: run_case(n, device, arguments.repeats) for n in names}
-    found = {
-        "targets": against_targets(results),
-        **results,
-        "repeats": arguments.repeats,
-        "machine": arguments.machine,
-        "environment": environment("gmsa", "transformers"),
-    }
     path = arguments.out / f"gmsa-{device.type}.json"
-    write_json(path, found)
+    results: dict[str, Any] = {}
+    for name in arguments.cases.split(","):
+        results[name] = run_case(name, device, arguments.repeats)
+        found = {
+            "targets": against_targets(results),
+            **results,
+            "repeats": arguments.repeats,
+            "machine": arguments.machine,
+            "environment": environment("gmsa", "transformers"),
+        }
+        write_json(path, found)  # after each case, so that an interruption costs one
     print(path)
 
 
