@@ -80,9 +80,9 @@ def test_demo_writes_a_run_and_goes_on(run_cli, monkeypatch) -> None:
     assert resumed["seeds"] == written["seeds"]
 
 
-def test_the_demo_runs_two_processes_at_a_time(tmp_path) -> None:
+def test_the_demo_runs_in_processes_of_its_own(tmp_path) -> None:
     tiny = DemoSettings(items=8)
-    jobs = [("full prompt", 0), ("truncation", 0)]
+    jobs = [("truncation", 0)]  # one job, one process: starting one costs seconds
     found = dict(the_demo.run_jobs(jobs, tiny, tmp_path, 0, 2))
     assert found == {job: the_demo.run_method(*job, tiny) for job in jobs}
 

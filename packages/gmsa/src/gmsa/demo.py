@@ -194,6 +194,10 @@ def run_method(
         tuning += settings.ae_steps
     _stage(model, "keft", tuning, rate, settings, seed)
     found["qa"] = _measure(model, rate, data, restate=False)["qa"]
+    if "example" in found:
+        soft = model.compress(context[:1], rate=rate)
+        new = model.generate(soft, question[:1], max_new_tokens=2, eos_token_id=None)
+        found["example"]["answer"] = tokenizer().decode(new[0])
     if folder is not None:
         model.config.base_model_name_or_path = "../base"
         model.save_pretrained(Path(folder) / "compressor")
