@@ -12,19 +12,25 @@ from torch import Tensor
 from lede.adapters import LayerRunner
 from lede.cache import RaggedCache
 from lede.features import confidence_features
-from lede.policies import EMA_START, Observation, Policy, updated_ema
+from lede.policies import EMA_START, Observation, Policy, chance, updated_ema
 from lede.stats import DecodeStats, Round
 from lede.verification import verify_greedy, verify_sampled
 
 
 @dataclass
-class Probe:
-    """The distribution of an exit: processed logits [B, V], features [B, 3], top tokens [B]."""
+class Look:
+    """What is seen at an exit.
 
-    scores: Tensor
+    Normed hidden states [B, 1, C] and features [B, 3] (NaN without a head); where the head ran,
+    processed logits [B, V] and top tokens [B]; the probe's outputs [B, 2] if there is one.
+    """
+
+    normed: Tensor
     features: np.ndarray
-    top: Tensor
-    top_host: np.ndarray
+    scores: Tensor | None = None
+    top: Tensor | None = None
+    top_host: np.ndarray | None = None
+    probe: np.ndarray | None = None
 
 
 class Rounds:
@@ -105,22 +111,48 @@ class Rounds:
             out.append(own(prefix, scores[group]))
         return torch.cat(out)
 
-    def _probe(self, hidden: Tensor, layer: int, drafts: Sequence[Tensor], look: bool) -> Probe:
-        """Head and features of an exit; one small copy to the host."""
-        scores = self._processed(self.runner.logits(hidden)[:, -1], drafts)
-        if not (look or (len(self.eos) and not self.sample)):
-            return Probe(scores, np.empty(0), scores.argmax(-1), np.empty(0))
-        features, top = confidence_features(scores)
-        host = torch.cat([features.double(), top[:, None].double()], 1).cpu().numpy()
+    def _look(self, hidden: Tensor, layer: int, drafts: Sequence[Tensor], head: bool) -> Look:
+        """What a policy may see of an exit: probe and, if wanted, distribution; one small copy."""
+        normed = self.runner.normalize(hidden[:, -1:])
+        look = Look(normed, np.full((len(self.n), 3), np.nan))
+        parts = []
+        if head:
+            look.scores = self._processed(self.runner.head(normed)[:, -1], drafts)
+            features, look.top = confidence_features(look.scores)
+            parts = [features.double(), look.top[:, None].double()]
+        if self.policy.probe is not None:
+            outputs = self.policy.probe(normed[:, -1], self.exits.index(layer))
+            parts.append(outputs.double().to(normed.device))
+        if not parts:
+            return look
+        host = torch.cat(parts, 1).cpu().numpy()
         if np.isnan(host[~self.done]).any():
             raise RuntimeError(f"NaN logits at the exit after layer {layer}")
-        return Probe(scores, host[:, :3], top, host[:, 3].astype(np.int64))
+        if head:
+            look.features, look.top_host = host[:, :3], host[:, 3].astype(np.int64)
+            host = host[:, 4:]
+        if self.policy.probe is not None:
+            look.probe = host
+        return look
+
+    def _run_head(self, look: Look, drafts: Sequence[Tensor]) -> None:
+        """The distribution to draft from, where no decision needed it."""
+        look.scores = self._processed(self.runner.head(look.normed)[:, -1], drafts)
+        look.top = look.scores.argmax(-1)
+        if len(self.eos) and not self.sample:
+            look.top_host = look.top.cpu().numpy()
 
     def _observe(
-        self, probe: Probe | None, layer: int, index: int, agree: np.ndarray, prefix: np.ndarray
+        self,
+        look: Look | None,
+        layer: int,
+        index: int,
+        agree: np.ndarray,
+        prefix: np.ndarray,
+        chain: np.ndarray,
     ) -> Observation:
         rows = len(self.n)
-        features = np.full((rows, 3), np.nan) if probe is None else probe.features
+        features = np.full((rows, 3), np.nan) if look is None else look.features
         return Observation(
             rows=np.arange(rows),
             layer=np.full(rows, layer),
@@ -132,29 +164,32 @@ class Rounds:
             ema=self.ema,
             prefix=prefix,
             last_accepted=self.last_accepted,
+            probe=None if look is None else look.probe,
+            chain=chain,
         )
 
     def _walk(
         self, hidden: Tensor, start: np.ndarray
-    ) -> tuple[Tensor, int, Probe | None, np.ndarray]:
+    ) -> tuple[Tensor, int, Look | None, np.ndarray]:
         """Climb the candidates until the policy exits; phase one of the decision process."""
-        layer, probe, before = 0, None, None
+        layer, look, before = 0, None, None
+        one = np.ones(len(self.n))
         agree = np.zeros(len(self.n))
         active = np.flatnonzero(~self.done)
         for candidate in self.exits:
             hidden = self._pass(hidden, layer, candidate, start)
-            layer, probe = candidate, None
+            layer, look = candidate, None
             if self.policy.probes(candidate):
-                probe = self._probe(hidden, candidate, [], True)
+                look = self._look(hidden, candidate, [], self.policy.needs_head)
                 if before is not None:
-                    agree = (probe.top_host == before).astype(float)
-                before = probe.top_host
+                    agree = (look.top_host == before).astype(float)
+                before = look.top_host
             if candidate == self.exits[-1]:
                 break
-            seen = self._observe(probe, candidate, 1, agree, np.ones(len(self.n)))
+            seen = self._observe(look, candidate, 1, agree, one, one)
             if self.policy.choose_exit(seen[active]).sum() > 0:
                 break
-        return hidden, layer, probe, agree
+        return hidden, layer, look, agree
 
     def step(self) -> None:
         """One round of every unfinished row: walk, draft, verify, commit."""
@@ -173,8 +208,8 @@ class Rounds:
         if self.policy.autoregressive or not budget.any():
             layer, hidden = depth, self._pass(hidden, 0, depth, start)
         else:
-            hidden, layer, probe, agree = self._walk(hidden, start)
-            hidden = self._draft(hidden, layer, probe, agree, budget, drafts, q, passes)
+            hidden, layer, look, agree = self._walk(hidden, start)
+            hidden = self._draft(hidden, layer, look, agree, budget, drafts, q, passes)
             hidden = self._pass(hidden, layer, depth, start)
         scores = self.runner.logits(hidden)
         if self.processors is not None:
@@ -200,7 +235,7 @@ class Rounds:
         self,
         hidden: Tensor,
         layer: int,
-        probe: Probe | None,
+        look: Look | None,
         agree: np.ndarray,
         budget: np.ndarray,
         drafts: list[Tensor],
@@ -213,38 +248,43 @@ class Rounds:
         limit = self.policy.max_drafts(np.arange(rows), np.full(rows, layer))
         limit = np.minimum(limit, budget)
         wants = ~self.done
-        prefix = np.ones(rows)
-        look = self.policy.uses_features
+        prefix, chain = np.ones(rows), np.ones(rows)
+        decides = self.policy.uses_features
         while True:
             index = len(states)
             wants = wants & (limit >= index)
             if not wants.any():
                 break
-            if probe is None:
-                probe = self._probe(hidden, layer, drafts, look)
-            if look:
-                seen = self._observe(probe, layer, index, agree, prefix)
+            if look is None:
+                look = self._look(hidden, layer, drafts, self.policy.needs_head and decides)
+            if decides:
+                seen = self._observe(look, layer, index, agree, prefix, chain)
                 asked = np.flatnonzero(wants)
                 wants[asked[self.policy.keep_drafting(seen[asked]) <= 0]] = False
+                if not wants.any():
+                    break
+            if look.scores is None:
+                self._run_head(look, drafts)
             if len(self.eos) and not self.sample:
                 # A right end of text is committed by the verification itself, so it is not drafted.
                 # When sampling, stopping because of the token drawn would bias the output.
-                wants &= ~np.isin(probe.top_host, self.eos)
+                wants &= ~np.isin(look.top_host, self.eos)
             if wants.sum() < max(1, self.min_active * (~self.done).sum()):
                 break
             if self.sample:
-                q.append(torch.softmax(probe.scores, -1))
+                q.append(torch.softmax(look.scores, -1))
                 token = torch.multinomial(q[-1], 1, generator=self.generator)[:, 0]
             else:
-                token = probe.top
-            if look:
-                prefix = prefix * probe.features[:, 0]
+                token = look.top
+            prefix = prefix * look.features[:, 0]
+            if look.probe is not None:
+                chain = chain * chance(look.probe[:, 0])
             drafts.append(token)
             passes[wants] += 1
             hidden = self.runner.embed(token[:, None].to(self.runner.device))
             hidden = self._pass(hidden, 0, layer, self.n - 1 + index)
             states.append(hidden)
-            probe = None
+            look = None
         return torch.cat(states, 1)
 
     def _commit(

@@ -126,7 +126,16 @@ class LayerRunner:
 
         The logits are rounded to float32 whatever the model's dtype, as in ``generate``.
         """
-        out: Tensor = self.model.lm_head(self.base.norm(hidden))
+        return self.head(self.normalize(hidden))
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """The model's final norm, after any layer."""
+        normed: Tensor = self.base.norm(hidden)
+        return normed
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits of normed hidden states."""
+        out: Tensor = self.model.lm_head(normed)
         return self.shape_logits(out).float()
 
     def shape_logits(self, logits: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lede.cost import CostModel
 from lede.experience import ExperienceTable
-from lede.policies import EMA_START, Observation
+from lede.policies import EMA_START, Observation, chance
 from lede.qpolicy import DRAFT, WALK, QNetwork, QPolicy, StateSpec
 from lede.simulation import best_static, simulate
 from shared_core.errors import InputError
@@ -82,6 +82,7 @@ class Episodes:
         agree: Agreement with the candidate before, [N, m].
         limit: Drafts that the budget allows, [N].
         prefix: Product of p₁ before pass i, [N, m, D].
+        chain: Product of the probe's chances before pass i, [N, m, D]; 1 without a probe.
     """
 
     text: np.ndarray
@@ -91,6 +92,7 @@ class Episodes:
     agree: np.ndarray
     limit: np.ndarray
     prefix: np.ndarray
+    chain: np.ndarray
 
 
 def build_episodes(table: ExperienceTable, stride: int = 1) -> Episodes:
@@ -128,8 +130,11 @@ def build_episodes(table: ExperienceTable, stride: int = 1) -> Episodes:
         features = np.where(off[..., None], table.branch_features[branch, step], features)
     prefix = np.ones_like(features[..., 0])
     prefix[..., 1:] = np.cumprod(features[..., :-1, 0], -1)
+    chain = np.ones_like(prefix)
+    if features.shape[-1] > 3:
+        chain[..., 1:] = np.cumprod(chance(features[..., :-1, 3]), -1)
     limit = np.minimum(steps, table.lengths[text] - t - 1)
-    return Episodes(text, t, features, alive, table.agree[text, :, t], limit, prefix)
+    return Episodes(text, t, features, alive, table.agree[text, :, t], limit, prefix, chain)
 
 
 @dataclass
@@ -156,17 +161,20 @@ class _Trainer:
     def __init__(self, table: ExperienceTable, cost: CostModel, config: TrainConfig) -> None:
         self.table, self.cost, self.config = table, cost, config
         self.e = e = build_episodes(table, config.stride)
-        self.spec = StateSpec(config.features)
+        self.spec = spec = StateSpec(config.features)
         self.m, self.steps = len(table.exits), table.max_draft
         layer = np.array(table.exits)[:, None]
         k = np.arange(1, self.steps + 2)
         unit = cost.autoregressive
         early = (k * layer * cost.layer[0]) / unit
-        heads = np.minimum(k, self.steps) * (cost.head[0] + cost.look) / unit
+        # The last pass of the longest round is not looked at; a policy that needs no distribution
+        # has the head run only for the drafts that it makes.
+        made = np.minimum(k, self.steps) if spec.needs_head else k - 1
+        heads = (made * cost.head[0] + np.minimum(k, self.steps) * cost.look) / unit
         late = ((table.depth - layer) * cost.layer_cost(k) + cost.head_cost(k)) / unit
         self.sunk = torch.tensor(early + heads, dtype=torch.float32)  # [m, D + 1]
         self.late = torch.tensor(late, dtype=torch.float32)
-        self.look = (cost.head[0] + cost.look) / unit
+        self.look = (cost.head[0] * spec.needs_head + cost.look) / unit
         index = torch.arange(1, self.steps + 1)
         limit = torch.from_numpy(e.limit)[:, None, None]
         self.valid = (index <= limit).expand(-1, self.m, -1)  # a decision may be taken
@@ -198,6 +206,8 @@ class _Trainer:
             ema=spread(ema[:, None, None]).ravel(),
             prefix=e.prefix.ravel(),
             last_accepted=spread(last[:, None, None]).ravel(),
+            probe=e.features[..., 3:].reshape(-1, 2) if e.features.shape[-1] > 3 else None,
+            chain=e.chain.ravel(),
         )
         states = self.spec.states(DRAFT, seen, table.depth, self.steps)
         self.draft_states = torch.from_numpy(states).view(*shape, -1)
@@ -367,7 +377,9 @@ def _train(
 
     def snapshot() -> QPolicy:
         weights = network.weights()
-        return QPolicy(weights, table.exits, table.depth, table.max_draft, trainer.spec)
+        return QPolicy(
+            weights, table.exits, table.depth, table.max_draft, trainer.spec, probe=table.probe
+        )
 
     draft, walk = trainer.returns(network, rho, tokens)
     for step in progress(range(config.steps), description="training the policy", unit="step"):
