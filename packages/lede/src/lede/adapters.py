@@ -77,6 +77,8 @@ class LayerRunner:
     def device(self) -> torch.device:
         """Where token ids enter."""
         weight: Tensor = self.base.embed_tokens.weight
+        if weight.device.type == "meta":  # accelerate brings offloaded weights when they are called
+            return torch.device(self.base.embed_tokens._hf_hook.execution_device)
         return weight.device
 
     @property

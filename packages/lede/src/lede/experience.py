@@ -240,7 +240,7 @@ def _tabulate(
     branch_top, branch_features = [], []
     if mode == "branch" and steps:
         known = 0
-        for j, stop in enumerate(exits):
+        for j in range(len(exits)):
             wrong = (top[:, j] != tokens) & (np.arange(count) < lengths[:, None])
             where = np.argwhere(wrong)
             branch[where[:, 0], j, where[:, 1]] = known + np.arange(len(where))

@@ -61,8 +61,8 @@ class Observation:
     chain: np.ndarray | None = None
 
     def __getitem__(self, chosen: np.ndarray) -> "Observation":
-        parts = (getattr(self, name) for name in self.__dataclass_fields__)
-        return Observation(*(None if part is None else part[chosen] for part in parts))
+        parts: dict[str, Any] = {n: getattr(self, n) for n in self.__dataclass_fields__}
+        return Observation(**{n: None if p is None else p[chosen] for n, p in parts.items()})
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -59,7 +59,7 @@ class AcceptanceProbe:
         if w is None:
             w = {k: torch.from_numpy(v).to(normed.device) for k, v in self.weights.items()}
             self._on[normed.device] = w
-        x = torch.relu(normed.float() @ w["w1"][candidate] + w["b1"][candidate])
+        x: Tensor = torch.relu(normed.float() @ w["w1"][candidate] + w["b1"][candidate])
         return x @ w["w2"][candidate] + w["b2"][candidate]
 
 

@@ -42,6 +42,7 @@ STATE_FEATURES = [
 ]
 PROBE_FEATURES = ["chance", "log_odds", "reach", "chain", "log_chain"]
 HEAD_FEATURES = {"p1", "margin", "entropy", "agree", "prefix", "log_doubt", "joint", "log_joint"}
+PROBE_STATE = ("phase", "layer", "index", "ema", "last_accepted", *PROBE_FEATURES)
 WALK, DRAFT = 0, 1
 
 
@@ -350,6 +351,16 @@ class QNetwork(torch.nn.Module):
         pair = out[torch.arange(len(states)), candidate * 2 + phase]
         value, advantage = pair.unbind(-1)
         return torch.stack([value - advantage / 2, value + advantage / 2], -1)
+
+    def load(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Take a `QPolicy`'s weights."""
+        with torch.no_grad():
+            for name, layer in zip(
+                "123", (self.trunk[0], self.trunk[2], self.trunk[4]), strict=True
+            ):
+                linear: Any = layer
+                linear.weight.copy_(torch.from_numpy(weights[f"w{name}"].T))
+                linear.bias.copy_(torch.from_numpy(weights[f"b{name}"]))
 
     def weights(self) -> dict[str, np.ndarray]:
         """Numpy weights for `QPolicy`."""

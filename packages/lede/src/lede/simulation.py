@@ -136,8 +136,12 @@ def simulate(
         spent[active] += here[active]
         if keep_log:
             log += [
-                Round(int(r), int(t[r]), int(layer[r]), int(passes[r]), int(accepted[r]))
-                for r in active
+                Round(*(int(v) for v in values))
+                for values in zip(
+                    active,
+                    *(v[active] for v in (t, layer, passes, accepted, heads, looks)),
+                    strict=True,
+                )
             ]
         shadow = _shadow(table, text, t, accepted)[active] if policy.wants_shadow else None
         if shadow is not None and policy.autoregressive:
