@@ -61,8 +61,9 @@ class Observation:
     chain: np.ndarray | None = None
 
     def __getitem__(self, chosen: np.ndarray) -> "Observation":
-        parts: dict[str, Any] = {n: getattr(self, n) for n in self.__dataclass_fields__}
-        return Observation(**{n: None if p is None else p[chosen] for n, p in parts.items()})
+        parts = {n: getattr(self, n) for n in self.__dataclass_fields__}
+        taken: Any = {n: None if p is None else p[chosen] for n, p in parts.items()}
+        return Observation(**taken)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -55,12 +55,13 @@ class AcceptanceProbe:
         self, normed: Float[Tensor, "*batch width"], candidate: int
     ) -> Float[Tensor, "*batch 2"]:
         """Outputs for normed hidden states [..., C] of the candidate with this index, float32."""
-        w = self._on.get(normed.device)
+        w: Any = self._on.get(normed.device)
         if w is None:
             w = {k: torch.from_numpy(v).to(normed.device) for k, v in self.weights.items()}
             self._on[normed.device] = w
-        x: Tensor = torch.relu(normed.float() @ w["w1"][candidate] + w["b1"][candidate])
-        return x @ w["w2"][candidate] + w["b2"][candidate]
+        x = torch.relu(normed.float() @ w["w1"][candidate] + w["b1"][candidate])
+        outputs: Tensor = x @ w["w2"][candidate] + w["b2"][candidate]
+        return outputs
 
 
 def train_probe(
