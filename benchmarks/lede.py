@@ -14,6 +14,7 @@ Run with ``nox -s bench -- lede``. Sections (``--sections policy,speed,collectio
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -43,44 +44,61 @@ DESIGNS: dict[str, dict[str, Any]] = {
 KINDS = ("static", "threshold", "draft_verify", "del", "confidence_exit")
 
 
-def policy(seeds: list[int], short: bool) -> dict[str, Any]:
-    settings = demo.DemoSettings()
+def unseen(train: lede.ExperienceTable, test: lede.ExperienceTable, n: int = 8) -> np.ndarray:
+    """Share of each test text's n-grams that no training text has."""
+
+    def grams(tokens: np.ndarray) -> list[bytes]:
+        return [tokens[i : i + n].tobytes() for i in range(len(tokens) - n + 1)]
+
+    known = {g for row in train.tokens for g in grams(row)}
+    return np.array([np.mean([g not in known for g in grams(row)]) for row in test.tokens])
+
+
+def policy(seeds: list[int], short: bool, small: bool) -> dict[str, Any]:
+    settings = demo.QUICK if small else demo.DemoSettings()
     if short:
-        settings = demo.DemoSettings(
-            train_steps=20, probe_prompts=16, prompts=(16, 8, 8), new_tokens=16, policy_steps=40
+        settings = dataclasses.replace(
+            demo.QUICK, train_steps=20, prompts=(16, 8, 8), new_tokens=16, policy_steps=40
         )
     rows: dict[str, list[dict[str, Any]]] = {}
+    novelty: list[float] = []
     for seed in seeds:
         model = demo.train_model(settings, seed)
         train, validation, test = demo.experience(model, settings, seed)
         cost = lede.CostModel.memory_bound(settings.layers, settings.head_ratio)
-        base: dict[str, float] = {}
+        share = unseen(train, test)
+        novel = test.select(np.argsort(-share, kind="stable")[: len(share) // 2])
+        novelty.append(float(share.mean()))
+        tuned = lede.choose_policy([], train, validation, cost)
 
-        def note(name: str, kind: str, speedup: float, seed: int = seed, base: Any = base) -> None:
-            entry = {"seed": seed, "kind": kind, "speedup": speedup}
-            if base:
-                entry |= {f"against_{k}": speedup / v for k, v in base.items()}
+        def note(name: str, kind: str, make: Any, seed: int = seed, tuned: Any = tuned) -> None:
+            """Speedup on all test texts, and on the half with most that training has not."""
+            entry: dict[str, Any] = {"seed": seed, "kind": kind}
+            for part, where in (("", test), ("novel_", novel)):
+                speedup = lede.simulate(where, make(where), cost).speedup
+                entry[f"{part}speedup"] = speedup
+                for other in ("static", "threshold"):
+                    theirs = lede.simulate(where, tuned.best[other], cost).speedup
+                    entry[f"{part}against_{other}"] = speedup / theirs
             rows.setdefault(name, []).append(entry)
 
-        tuned = lede.choose_policy([], train, validation, cost)
-        for kind in ("static", "threshold"):
-            base[kind] = lede.simulate(test, tuned.best[kind], cost).speedup
         for kind in KINDS:
-            note(kind, kind, lede.simulate(test, tuned.best[kind], cost).speedup)
-        note("oracle (backward induction)", "oracle", lede.OraclePolicy(test, cost).speedup)
+            note(kind, kind, lambda where, kind=kind: tuned.best[kind])
+        note("oracle (backward induction)", "oracle", lambda where: lede.OraclePolicy(where, cost))
         for name, changes in DESIGNS.items():
             config = lede.TrainConfig(steps=settings.policy_steps, seed=seed, **changes)
             learned = lede.train_policy(train, cost, config, validation=validation).policy
             choice = lede.choose_policy([learned], train, validation, cost)
-            note(name, choice.name, lede.simulate(test, choice.policy, cost).speedup)
+            note(name, choice.name, lambda where, choice=choice: choice.policy)
             if name == list(DESIGNS)[-1]:
                 for mode in ("full", "draft_only", "exit_only"):
-                    found = lede.simulate(test, choice.best[mode], cost).speedup
-                    note(f"{name}: {mode}", mode, found)
+                    note(f"{name}: {mode}", mode, lambda where, p=choice.best[mode]: p)
     names = ("speedup", "against_static", "against_threshold")
+    names += tuple(f"novel_{n}" for n in names)
     return {
         "settings": vars(settings),
         "seeds": seeds,
+        "share_of_test_8_grams_not_in_training": novelty,
         "table": [
             {
                 "design": design,
@@ -262,6 +280,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--sections", default="policy,speed,collection")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--small", action="store_true", help="The model of demo --quick.")
     parser.add_argument("--short", action="store_true", help="Little of everything.")
     parser.add_argument("--note", default="", help="About the machine, to be kept.")
     options = parser.parse_args()
@@ -270,7 +289,7 @@ def main() -> None:
     wanted = options.sections.split(",")
     seeds = [int(s) for s in options.seeds.split(",")]
     parts = {
-        "policy": lambda: policy(seeds, options.short),
+        "policy": lambda: policy(seeds, options.short, options.small),
         "speed": lambda: speed(device, options.repeats, options.short, options.clock),
         "collection": lambda: collection(options.short),
     }

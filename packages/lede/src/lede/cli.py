@@ -71,18 +71,7 @@ def demo(
 
     if select_device(device).type != "cpu":
         say("the demo's model is small: it runs on the CPU")
-    settings = the_demo.DemoSettings()
-    if quick:
-        settings = the_demo.DemoSettings(
-            layers=6,
-            exits=(1, 2, 3, 4),
-            train_steps=110,
-            probe_prompts=40,
-            prompts=(40, 16, 16),
-            new_tokens=40,
-            policy_steps=500,
-            plain=False,
-        )
+    settings = the_demo.QUICK if quick else the_demo.DemoSettings()
     count = 1 if quick else seeds
     run = RunFolder(out or Path("runs/lede/demo"))
     run.write_config(

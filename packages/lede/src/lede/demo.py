@@ -26,6 +26,7 @@ from lede.text import SEGMENTS, segment_text
 from lede.training import TrainConfig, TrainResult, train_policy
 
 __all__ = [
+    "QUICK",
     "DemoSettings",
     "SeedResult",
     "compare_recipes",
@@ -66,18 +67,30 @@ class DemoSettings:
 
     layers: int = 12
     hidden: int = 64
-    train_steps: int = 200
+    train_steps: int = 160
     batch: int = 12
     window: int = 96
-    exits: tuple[int, ...] = (1, 2, 3, 5, 8)
+    exits: tuple[int, ...] = (1, 3, 5, 8)
     max_draft: int = 12
-    probe_prompts: int = 100
-    prompts: tuple[int, int, int] = (100, 40, 48)
+    probe_prompts: int = 80
+    prompts: tuple[int, int, int] = (80, 32, 40)
     prompt_tokens: int = 64
     new_tokens: int = 64
-    policy_steps: int = 1200
+    policy_steps: int = 900
     head_ratio: float = 0.3
     plain: bool = True
+
+
+QUICK = DemoSettings(
+    layers=6,
+    exits=(1, 2, 3, 4),
+    train_steps=110,
+    probe_prompts=40,
+    prompts=(40, 16, 16),
+    new_tokens=40,
+    policy_steps=500,
+    plain=False,
+)
 
 
 def make_model(settings: DemoSettings, seed: int) -> Any:

@@ -6,6 +6,7 @@ sees more and costs no head, so that a policy can walk and stop before any head 
 at the hidden state, never at the token drawn, so sampled output stays the model's own.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ class AcceptanceProbe:
         self, normed: Float[Tensor, "*batch width"], candidate: int
     ) -> Float[Tensor, "*batch 2"]:
         """Outputs for normed hidden states [..., C] of the candidate with this index, float32."""
-        w: Any = self._on.get(normed.device)
+        w = self._on.get(normed.device)
         if w is None:
             w = {k: torch.from_numpy(v).to(normed.device) for k, v in self.weights.items()}
             self._on[normed.device] = w
@@ -93,7 +94,7 @@ def train_probe(
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, fan: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) / fan**0.5).requires_grad_()
+        return (torch.randn(shape, generator=generator) / math.sqrt(fan)).requires_grad_()
 
     w1, w2 = draw(exits, size, width, fan=size), draw(exits, width, OUTPUTS, fan=width)
     b1 = torch.zeros(exits, 1, width, requires_grad=True)
