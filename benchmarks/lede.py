@@ -54,59 +54,59 @@ def unseen(train: lede.ExperienceTable, test: lede.ExperienceTable, n: int = 8) 
     return np.array([np.mean([g not in known for g in grams(row)]) for row in test.tokens])
 
 
+def one_seed(seed: int, settings: demo.DemoSettings) -> tuple[dict[str, dict[str, Any]], float]:
+    """Every design on one seed, by name; and the share of test 8-grams not seen in training."""
+    model = demo.train_model(settings, seed)
+    train, validation, test = demo.experience(model, settings, seed)
+    cost = lede.CostModel.memory_bound(settings.layers, settings.head_ratio)
+    share = unseen(train, test)
+    novel = test.select(np.argsort(-share, kind="stable")[: len(share) // 2])
+    tuned = lede.choose_policy([], train, validation, cost)
+    rows: dict[str, dict[str, Any]] = {}
+
+    def note(name: str, kind: str, make: Any) -> None:
+        """Speedup on all test texts, and on the half with most that training has not."""
+        entry = rows[name] = {"seed": seed, "kind": kind}
+        for part, where in (("", test), ("novel_", novel)):
+            speedup = lede.simulate(where, make(where), cost).speedup
+            entry[f"{part}speedup"] = speedup
+            for other in ("static", "threshold"):
+                theirs = lede.simulate(where, tuned.best[other], cost).speedup
+                entry[f"{part}against_{other}"] = speedup / theirs
+
+    for kind in KINDS:
+        note(kind, kind, lambda where, kind=kind: tuned.best[kind])
+    note("oracle (backward induction)", "oracle", lambda where: lede.OraclePolicy(where, cost))
+    for name, changes in DESIGNS.items():
+        config = lede.TrainConfig(steps=settings.policy_steps, seed=seed, **changes)
+        learned = lede.train_policy(train, cost, config, validation=validation).policy
+        choice = lede.choose_policy([learned], train, validation, cost)
+        note(name, choice.name, lambda where, p=choice.policy: p)
+        if name == list(DESIGNS)[-1]:
+            for mode in ("full", "draft_only", "exit_only"):
+                note(f"{name}: {mode}", mode, lambda where, p=choice.best[mode]: p)
+    return rows, float(share.mean())
+
+
 def policy(seeds: list[int], short: bool, small: bool) -> dict[str, Any]:
     settings = demo.QUICK if small else demo.DemoSettings()
     if short:
         settings = dataclasses.replace(
             demo.QUICK, train_steps=20, prompts=(16, 8, 8), new_tokens=16, policy_steps=40
         )
-    rows: dict[str, list[dict[str, Any]]] = {}
-    novelty: list[float] = []
-    for seed in seeds:
-        model = demo.train_model(settings, seed)
-        train, validation, test = demo.experience(model, settings, seed)
-        cost = lede.CostModel.memory_bound(settings.layers, settings.head_ratio)
-        share = unseen(train, test)
-        novel = test.select(np.argsort(-share, kind="stable")[: len(share) // 2])
-        novelty.append(float(share.mean()))
-        tuned = lede.choose_policy([], train, validation, cost)
-
-        def note(name: str, kind: str, make: Any, seed: int = seed, tuned: Any = tuned) -> None:
-            """Speedup on all test texts, and on the half with most that training has not."""
-            entry: dict[str, Any] = {"seed": seed, "kind": kind}
-            for part, where in (("", test), ("novel_", novel)):
-                speedup = lede.simulate(where, make(where), cost).speedup
-                entry[f"{part}speedup"] = speedup
-                for other in ("static", "threshold"):
-                    theirs = lede.simulate(where, tuned.best[other], cost).speedup
-                    entry[f"{part}against_{other}"] = speedup / theirs
-            rows.setdefault(name, []).append(entry)
-
-        for kind in KINDS:
-            note(kind, kind, lambda where, kind=kind: tuned.best[kind])
-        note("oracle (backward induction)", "oracle", lambda where: lede.OraclePolicy(where, cost))
-        for name, changes in DESIGNS.items():
-            config = lede.TrainConfig(steps=settings.policy_steps, seed=seed, **changes)
-            learned = lede.train_policy(train, cost, config, validation=validation).policy
-            choice = lede.choose_policy([learned], train, validation, cost)
-            note(name, choice.name, lambda where, choice=choice: choice.policy)
-            if name == list(DESIGNS)[-1]:
-                for mode in ("full", "draft_only", "exit_only"):
-                    note(f"{name}: {mode}", mode, lambda where, p=choice.best[mode]: p)
+    found = [one_seed(seed, settings) for seed in seeds]
     names = ("speedup", "against_static", "against_threshold")
     names += tuple(f"novel_{n}" for n in names)
+    table = []
+    for design in found[0][0]:
+        entries = [rows[design] for rows, _ in found]
+        means = {n: round(statistics.fmean(e[n] for e in entries), 3) for n in names}
+        table.append({"design": design, **means, "by_seed": entries})
     return {
         "settings": vars(settings),
         "seeds": seeds,
-        "share_of_test_8_grams_not_in_training": novelty,
-        "table": [
-            {
-                "design": design,
-                **{n: round(statistics.fmean(e[n] for e in entries), 3) for n in names},
-                "by_seed": entries,
-            }
-            for design, entries in rows.items()
-        ],
+        "share_of_test_8_grams_not_in_training": [share for _, share in found],
+        "table": table,
     }
 
 

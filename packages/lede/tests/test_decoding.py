@@ -380,7 +380,7 @@ def test_models_spread_over_devices(kind: str, tmp_path: Path) -> None:
 
     model = tiny_model()
     ids, mask = prompts()
-    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, attention_mask=mask, **settings)
     if kind == "hooks":
         parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]

@@ -48,7 +48,7 @@ class EarlyExitTrainer(Trainer):
         **options: Any,
     ) -> None:
         layer_runner(model)
-        if args.gradient_checkpointing:
+        if getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing:
             raise InputError(
                 "gradient_checkpointing would throw away the layers' outputs, which have losses of "
                 "their own; leave it off"
