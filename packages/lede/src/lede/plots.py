@@ -180,7 +180,7 @@ def plot_exit_heatmap(
     axes.set_yticks([])
     axes.grid(visible=False)
     axes.set_title(f"layer that supplied each token (dark: all {depth} layers)")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="layer")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="layer").ax.set_ylim(0, depth)
     return figure
 
 
