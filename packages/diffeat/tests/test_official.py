@@ -87,7 +87,9 @@ class Official:
 
     def stage(self, name: str, block: Any, r: int, resnet: Any, x: Tensor) -> Tensor:
         x = self.resnet(name, resnet, x)
-        return self.vit(f"{name}-vit", block.attentions[r], x) if hasattr(block, "attentions") else x
+        return (
+            self.vit(f"{name}-vit", block.attentions[r], x) if hasattr(block, "attentions") else x
+        )
 
     def resnet(self, name: str, m: Any, x: Tensor) -> Tensor:
         h = self.conv(m.conv1, F.silu(self.group(m.norm1, x)))
@@ -171,7 +173,7 @@ def test_every_activation_is_the_authors(
     assert len([n for n in names if not n.endswith("-map")]) == plain
     # A published list is a JSON object of names and booleans.
     file = tmp_path / "published.json"
-    file.write_text(json.dumps({n: True for n in sorted(names)}))
+    file.write_text(json.dumps(dict.fromkeys(sorted(names), True)))
     assert Selection.parse(str(file)).resolve(unet) == tuple(names)
     with capture(unet, file, stop=False) as cap:
         unet(x, 50, text, **conditions)
@@ -215,6 +217,8 @@ def test_the_whole_call_is_the_authors(sd15: Any, kind: str) -> None:
     for key, value in official.store.items():
         side = math.isqrt(value.shape[2]) if key.endswith("cross-map") else 0
         if key.startswith("up") and 128 / 32 <= side <= 128 / 16:
-            sides.setdefault(side, []).append(value.mean(1).transpose(1, 2).unflatten(2, (side,) * 2))
+            sides.setdefault(side, []).append(
+                value.mean(1).transpose(1, 2).unflatten(2, (side,) * 2)
+            )
     means = [F.interpolate(torch.stack(sides[s]).mean(0), (16, 16)) for s in sorted(sides)]
     assert distance(found["attn"], torch.cat(means, 1)) < 1e-4

@@ -265,32 +265,50 @@ def load_backbone(folder: Path) -> FeatureExtractor:
 
 
 def measure_depth(
-    fx: FeatureExtractor, images: Any, t: int = 50, *, seed: int = 0, prompt: Any = ""
+    fx: FeatureExtractor,
+    images: Any,
+    t: int = 50,
+    *,
+    seed: int = 0,
+    prompt: Any = "",
+    batch_size: int | None = None,
 ) -> list[dict[str, Any]]:
     """Noise, granularity and locality of every activation, from two draws of noise.
+
+    Args:
+        fx: The extractor; its own layers do not matter.
+        images: Of a batch, or a sequence of them.
+        t: Timestep.
+        seed: Of the noise.
+        prompt: One for all.
+        batch_size: Images at a time, to be averaged over; by default all at once.
 
     Returns:
         Rows of ``name, kind, stage, level, noise, hf, locality`` in order of execution.
     """
     infos = list_activations(fx.backbone)
+    sums: dict[str, dict[str, float]] = {}
     before = fx.layers
     fx.layers = [i.name for i in infos]
     try:
-        a, b = (fx(images, prompt, t, seed=seed + draw) for draw in (0, 1))
+        for start in range(0, len(images), batch_size or len(images)):
+            part = images[start : start + (batch_size or len(images))]
+            ids = [str(start + i) for i in range(len(part))]
+            a, b = (fx(part, prompt, t, seed=seed + draw, ids=ids) for draw in (0, 1))
+            for name in a:
+                if min(a[name].shape[-2:]) < 4:
+                    continue
+                row = sums.setdefault(name, {"noise": 0.0, "hf": 0.0, "locality": 0.0})
+                share = len(part) / len(images)
+                row["noise"] += share * noise_ratio(a[name], b[name])
+                row["hf"] += share * hf_ratio(a[name])
+                row["locality"] += share * locality(a[name])
     finally:
         fx.layers = before
     return [
-        {
-            "name": i.name,
-            "kind": i.kind,
-            "stage": i.stage,
-            "level": i.level,
-            "noise": noise_ratio(a[i.name], b[i.name]),
-            "hf": hf_ratio(a[i.name]),
-            "locality": locality(a[i.name]),
-        }
+        {"name": i.name, "kind": i.kind, "stage": i.stage, "level": i.level, **sums[i.name]}
         for i in infos
-        if min(a[i.name].shape[-2:]) >= 4
+        if i.name in sums
     ]
 
 
