@@ -305,9 +305,10 @@ def demo(
     quick: Quick = False,
     plots: Plots = True,
 ) -> None:
-    """Train a small diffusion U-Net on shapes, measure all its activations and rank them.
+    """Train small diffusion U-Nets on shapes, measure all their activations and rank them.
 
-    Nothing is downloaded. The trained model stays in OUT/backbone for the other commands.
+    Three seeds, or one with --quick. Nothing is downloaded. The first model stays in OUT/backbone
+    for the other commands.
     """
     import time
     from dataclasses import asdict, replace
@@ -319,25 +320,33 @@ def demo(
     chosen = select_device(device)
     settings = the_demo.DemoSettings()
     if quick:
-        settings = replace(settings, steps=25, images=400, train=40, test=30, timesteps=(50,))
+        settings = replace(
+            settings, seeds=1, steps=50, images=400, train=40, test=30, timesteps=(50,)
+        )
     run = RunFolder(out or Path("runs/diffeat/demo"))
     run.write_config(
         "diffeat demo", {"seed": seed, "device": str(chosen), **asdict(settings)},
         distributions=["diffeat", "diffusers"],
     )  # fmt: skip
     started = time.perf_counter()
-    with progress(total=settings.steps, description="training", unit="step") as bar:
+    runs, first = [], None
+    for number in range(seed, seed + settings.seeds):
+        with progress(total=settings.steps, description="training", unit="step") as bar:
 
-        def told(step: int, loss: float) -> None:
-            run.log(step=step, loss=loss)
-            bar.update()
+            def told(step: int, loss: float, number: int = number, bar: Any = bar) -> None:
+                run.log(seed=number, step=step, loss=loss)
+                bar.update()
 
-        fx = the_demo.train_backbone(settings, seed=seed, device=chosen, progress=told)
-    the_demo.save_backbone(fx, run.path / "backbone")
-    say("measuring and probing")
-    result = the_demo.look_into(fx, settings, seed=seed, device=chosen)
+            fx = the_demo.train_backbone(settings, seed=number, device=chosen, progress=told)
+        say(f"measuring and probing seed {number}")
+        one = settings if first is None else replace(settings, timesteps=(50,))
+        runs.append(the_demo.look_into(fx, one, seed=number, device=chosen))
+        first = first or fx
+    assert first is not None
+    the_demo.save_backbone(first, run.path / "backbone")
+    result = the_demo.combine(runs)
     if plots:
-        for name, figure in the_demo.figures(fx, result, seed).items():
+        for name, figure in the_demo.figures(first, result, seed).items():
             run.save_figure(name, figure)
     metrics = {
         **result,
@@ -552,7 +561,7 @@ def correspond(
         "diffeat correspond",
         {"model": model, "layers": list(fx.layers), "split": split, "method": method, **options},
     )
-    head, trained = None, {}
+    head, trained = None, {}  # type: ignore[var-annotated]
     if method == "conv":
         given = _trained(run, 100)
         total = epochs * min(steps, len(others[0]))
