@@ -124,12 +124,21 @@ def test_refusals(fx: FeatureExtractor, samples: Samples, tmp_path: Path) -> Non
         ({"format": "memmap", "layout": "per-sample"}, "one array a layer"),
         ({"layout": "flat"}, "per-layer"),
         ({"pca": 0}, "pca=0"),
+        ({"shard": (2, 2)}, "shard"),
     ]
     for given, message in cases:
         with pytest.raises(InputError, match=message):
             extract_to_disk(fx, samples, tmp_path / "x", prompt="", **given)
         assert not (tmp_path / "x").exists()
+    with pytest.raises(InputError, match="only once"):
+        extract_to_disk(fx, [*samples, samples[0]], tmp_path / "x", prompt="")
+    with pytest.raises(InputError, match="feature folder"):
+        FeatureCache(tmp_path)
     extract_to_disk(fx, samples, tmp_path / "y", prompt="", format="memmap")
+    with pytest.raises(KeyError):
+        FeatureCache(tmp_path / "y")["nothing"]
+    with pytest.raises(InputError, match="other t"):
+        extract_to_disk(fx, samples, tmp_path / "y", prompt="", format="memmap", t=60)
     with pytest.raises(InputError, match="other samples"):
         extract_to_disk(fx, samples[:3], tmp_path / "y", prompt="", format="memmap")
     (tmp_path / "y/layers/mid-vit-out.npy").write_bytes(b"no")
