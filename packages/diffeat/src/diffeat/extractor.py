@@ -229,6 +229,8 @@ class FeatureExtractor:
     def _embedding(self, prompt: Prompt) -> PromptEmbedding | None:
         if prompt is None or isinstance(prompt, PromptEmbedding):
             return prompt
+        if prompt == "" and self.text is None and not _families.takes_text(self.backbone):
+            return None
         if isinstance(prompt, Tensor):
             return PromptEmbedding(prompt)
         return self.encode_prompt(prompt)
