@@ -1,0 +1,48 @@
+"""Diffusion features that stay true to the input image (GATE).
+
+Noise makes a diffusion model imagine what it cannot see; its features then describe a slightly
+different image. Techniques that steer generation steer them back. `techniques` compose to recipes,
+`gate` tells which of them help, `Amalgamation` joins features obtained under several.
+"""
+
+from content_shift import gate, techniques
+from content_shift.amalgamation import (
+    Amalgamation,
+    AmalgamationOutput,
+    GammaWalk,
+    amalgamation_loss,
+)
+from content_shift.canny import canny
+from content_shift.errors import (
+    AdapterClash,
+    IncompatibleControl,
+    UnsupportedTechnique,
+    ZeroAnchor,
+)
+from content_shift.gate import GateReport, shift_map
+from content_shift.recipe import Context, Inputs, Patch, Recipe, Technique
+from content_shift.techniques import load_recipe
+
+__all__ = [
+    "AdapterClash",
+    "Amalgamation",
+    "AmalgamationOutput",
+    "Context",
+    "GammaWalk",
+    "GateReport",
+    "IncompatibleControl",
+    "Inputs",
+    "Patch",
+    "Recipe",
+    "Technique",
+    "UnsupportedTechnique",
+    "ZeroAnchor",
+    "amalgamation_loss",
+    "canny",
+    "gate",
+    "load_recipe",
+    "shift_map",
+    "techniques",
+]
+
+__version__ = "0.1.0"
