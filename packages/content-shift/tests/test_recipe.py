@@ -81,10 +81,11 @@ def test_control_is_the_forward_written_out(
             net(x_t, times, states, picture, conditioning_scale=scale, return_dict=False, **given)
             for net, picture, scale in ((first, canny(images), 0.7), (second, images, 1.0))
         ]
+        down = [a + b for a, b in zip(outs[0][0], outs[1][0], strict=True)]
         assert len(outs[0][0]) == (9 if topology == "sdxl" else 12)
         fx.backbone(
             x_t, times, states,
-            down_block_additional_residuals=[a + b for a, b in zip(*(o[0] for o in outs))],
+            down_block_additional_residuals=down,
             mid_block_additional_residual=outs[0][1] + outs[1][1], **given,
         )  # fmt: skip
     for name in fx.layers:
@@ -162,7 +163,9 @@ def test_the_walk_of_a_perfect_model_ends_on_the_same_noise(
         inputs = Inputs.prepare(fx, images)
         ctx = recipe.conditioned(fx, opened, inputs, t=50, prompt="a", seed=2)
     assert calls == list(range(60, 50, -1))
-    torch.testing.assert_close(ctx.x_t, fx.schedule.add_noise(latents, noise, 50), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ctx.x_t, fx.schedule.add_noise(latents, noise, 50), atol=1e-5, rtol=0
+    )
 
 
 def test_ensemble_inversion_and_guidance(fx: FeatureExtractor, images: torch.Tensor) -> None:
@@ -272,7 +275,7 @@ def test_recipes_are_data(tmp_path: Any, fx: FeatureExtractor, images: torch.Ten
         T.ControlNet(fx.backbone).to_dict()
     for content, message in (
         ("- {technique: Prmpt}", "accepted: CFG"),
-        ("- {technique: Prompt, txt: a}", "txt"),
+        ("- {technique: Prompt, text: a, txt: b}", "txt"),
         ("a: [", "cannot be read"),
         ("just words", "list of techniques"),
     ):

@@ -12,6 +12,7 @@ from content_shift.amalgamation import (
     GammaWalk,
     amalgamation_loss,
 )
+from content_shift.bucket import FeatureBucket, FeatureSpec, extract_bucket, load_specs
 from content_shift.canny import canny
 from content_shift.errors import (
     AdapterClash,
@@ -20,14 +21,19 @@ from content_shift.errors import (
     ZeroAnchor,
 )
 from content_shift.gate import GateReport, shift_map
+from content_shift.lora import TrainedLoRA, train_lora
+from content_shift.presets import recipes
 from content_shift.recipe import Context, Inputs, Patch, Recipe, Technique
 from content_shift.techniques import load_recipe
+from content_shift.train_control import train_control
 
 __all__ = [
     "AdapterClash",
     "Amalgamation",
     "AmalgamationOutput",
     "Context",
+    "FeatureBucket",
+    "FeatureSpec",
     "GammaWalk",
     "GateReport",
     "IncompatibleControl",
@@ -35,14 +41,20 @@ __all__ = [
     "Patch",
     "Recipe",
     "Technique",
+    "TrainedLoRA",
     "UnsupportedTechnique",
     "ZeroAnchor",
     "amalgamation_loss",
     "canny",
+    "extract_bucket",
     "gate",
     "load_recipe",
+    "load_specs",
+    "recipes",
     "shift_map",
     "techniques",
+    "train_control",
+    "train_lora",
 ]
 
 __version__ = "0.1.0"

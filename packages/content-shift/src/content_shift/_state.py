@@ -43,15 +43,14 @@ class Snapshot:
         self._children = [(m, dict(m._modules)) for m in model.modules()]
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._training = [(m, m.training) for m in model.modules()]
-        self._processors = [
-            (m, m.processor) for m in model.modules() if hasattr(m, "set_processor")
-        ]
+        modules: list[Any] = list(model.modules())
+        self._processors = [(m, m.processor) for m in modules if hasattr(m, "set_processor")]
         self._hidden = getattr(getattr(model, "config", None), "encoder_hid_dim_type", None)
         self.peft = dict(getattr(model, "peft_config", None) or {})
         self._loaded = getattr(model, "_hf_peft_config_loaded", None)
         self.active = {
             id(m): (list(m.active_adapters), dict(m.scaling), m._disable_adapters)
-            for m in model.modules()
+            for m in modules
             if hasattr(m, "set_scale") and hasattr(m, "lora_A")
         }
 
@@ -99,12 +98,11 @@ class Session:
     def __init__(self, fx: Any, outer: "Session | None" = None) -> None:
         self.fx = fx
         self._before = [Snapshot(model) for model in models_of(fx)]
+        self._own: dict[int, Any] = {k: v for s in self._before for k, v in s.active.items()}
+        self.there: set[str] = {name for s in self._before for name in s.peft}
+        self.sources: dict[str, Any] = {}
         if outer is not None:
             self._own, self.there, self.sources = outer._own, outer.there, dict(outer.sources)
-            return
-        self._own = {k: v for s in self._before for k, v in s.active.items()}
-        self.there = {name for s in self._before for name in s.peft}
-        self.sources: dict[str, Any] = {}
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """Make exactly these adapters act, beside those the user had active before."""

@@ -188,7 +188,7 @@ class IPAdapter(Technique):
 
     def _encode(self, ctx: Context) -> Tensor:
         pipe = ctx.fx.pipeline
-        images = [image for image in ctx.inputs.pixels.cpu()]
+        images = list(ctx.inputs.pixels.cpu())
         pixels = pipe.feature_extractor(images, return_tensors="pt", do_rescale=False).pixel_values
         encoder = pipe.image_encoder
         dtype = next(encoder.parameters()).dtype

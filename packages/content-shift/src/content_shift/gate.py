@@ -48,8 +48,8 @@ class GateReport:
     Attributes:
         settings: How they were taken.
         table: Rows of ``technique, layer, score, std`` (over draws), ``images``.
-        pooled: Rows of ``technique, score, std`` (mean over layers), and ``gain``, ``gain_std`` in dB
-            where reconstructions were asked for.
+        pooled: Rows of ``technique, score, std`` (mean over layers), and, where reconstructions
+            were asked for, ``gain, gain_std`` in dB.
         per_image: Score of each image by technique and layer, averaged over draws.
     """
 
@@ -203,8 +203,8 @@ def evaluate(
 ) -> GateReport:
     """Score techniques on every layer (eq. 2) and by reconstruction gain, streaming over images.
 
-    The anchor is the same layer at the same t from the same noise without a technique. Only sums are
-    kept, no features.
+    The anchor is the same layer at the same t from the same noise without a technique. Only sums
+    are kept, no features.
 
     Args:
         fx: The extractor.
@@ -215,8 +215,8 @@ def evaluate(
         ref_t: Timestep of the noise-free reference.
         layers: By default the extractor's.
         prompt: Without a technique, and where one sets none.
-        ref: ``plain``: reference without technique, as published; ``same``: with it, because control
-            shifts activations even at t = 0.
+        ref: ``plain``: reference without technique, as published; ``same``: with it, because
+            control shifts activations even at t = 0.
         normalize: See `content_shift.gate.difference`.
         kernel: See `content_shift.gate.laplacian`.
         padding: See `content_shift.gate.laplacian`.
@@ -235,7 +235,7 @@ def evaluate(
         raise InputError("give at least one technique and one draw")
     recipes = {name: Recipe(value) for name, value in techniques.items()}
     names = fx.layers if layers is None else tuple([layers] if isinstance(layers, str) else layers)
-    how = {"kernel": kernel, "padding": padding, "normalize": normalize}
+    how: dict[str, Any] = {"kernel": kernel, "padding": padding, "normalize": normalize}
     # Eq. 1 by technique, layer and draw: [images]. The anchor's depend on the reference.
     diffs: dict[Any, list[Tensor]] = {}
     gains: dict[Any, list[Tensor]] = {}

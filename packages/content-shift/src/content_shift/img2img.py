@@ -91,9 +91,7 @@ def img2img(
     pictures = {"input": inputs.pixels.cpu()}
     rows: list[dict[str, Any]] = []
     every = {"none": Recipe(), **{name: Recipe(value) for name, value in techniques.items()}}
-    bar = progress(
-        total=len(every) * int(strength * steps), description="repainting", unit="step"
-    )
+    bar = progress(total=len(every) * int(strength * steps), description="repainting", unit="step")
     with bar:
         for name, recipe in every.items():
             painted = _repaint(fx, recipe, inputs, strength, steps, prompt, seed, bar.update)

@@ -63,7 +63,7 @@ class Inputs:
         pixels = fx.pixels(images, value_range)
         latents = fx.encode_images(pixels, "-1,1", seed=seed)
         batch = len(pixels)
-        names = list(range(batch)) if ids is None else list(ids)
+        names: list[str | int] = list(range(batch)) if ids is None else list(ids)
         if len(names) != batch:
             raise InputError(f"{len(names)} ids for {batch} images")
         place = list(range(batch)) if index is None else list(index)
@@ -95,7 +95,7 @@ class Patch:
 
     Attributes:
         prompt: Text, texts, or an embedding. The last one counts.
-        residuals: Function of (x_t, time, embedding) that returns ControlNet residuals. They add up.
+        residuals: Function of (x_t, time, embedding): a ControlNet's residuals, which add up.
         adapters: Weights of loaded adapters by name.
         x_t: Another noisy latent, or a function of the finished `Context` that returns one; the
             functions run last, in order, each from what the one before gave.
@@ -348,7 +348,7 @@ class Recipe:
                 parts.append(item)
             else:
                 raise InputError(f"{type(item).__name__} is no technique; see cs.techniques")
-        self.techniques = tuple(parts)
+        self.techniques: tuple[Technique, ...] = tuple(parts)
 
     def __add__(self, other: Union[Technique, "Recipe"]) -> "Recipe":
         return Recipe(self, other)

@@ -6,7 +6,7 @@ reference's contours, 0 where it is as far from them as the anchor, and below 0 
 The paper fixes neither the kernel nor the borders; here they are arguments.
 """
 
-from typing import Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,9 +19,6 @@ from shared_core.errors import InputError
 __all__ = ["contours", "difference", "laplacian", "score", "score_of_differences"]
 
 Maps = Float[Tensor, "batch channels height width"]
-Kernel = Literal["5pt", "9pt"]
-Padding = Literal["replicate", "zero", "reflect"]
-Normalize = Literal["channel"] | None
 
 KERNELS: dict[str, list[list[float]]] = {
     "5pt": [[0, 1, 0], [1, -4, 1], [0, 1, 0]],
@@ -78,7 +75,8 @@ def contours(
         >>> contours(delta)[0, 1].tolist()
         [1.0, 4.0, 1.0]
     """
-    return laplacian(features, kernel=kernel, padding=padding).norm(dim=1)
+    lines: Tensor = laplacian(features, kernel=kernel, padding=padding).norm(dim=1)
+    return lines
 
 
 def difference(
@@ -185,7 +183,7 @@ def score(
         >>> float(score(ref, ref, anchor)), float(score(anchor, ref, anchor))
         (1.0, 0.0)
     """
-    options = {"kernel": kernel, "padding": padding, "normalize": normalize}
+    options: dict[str, Any] = {"kernel": kernel, "padding": padding, "normalize": normalize}
     below = difference(anchor, reference, **options)
     return score_of_differences(
         difference(features, reference, **options), below, reduction=reduction

@@ -91,8 +91,8 @@ class Captions(Technique):
 class CFG(Technique):
     """Classifier-free guidance: what the paper tried without success.
 
-    It acts on predictions, which `PreDenoise`, `reconstruction_gain` and `img2img` use. A feature of
-    a single forward comes from the conditional pass and does not change.
+    It acts on predictions, which `PreDenoise`, `reconstruction_gain` and `img2img` use. A feature
+    of a single forward comes from the conditional pass and does not change.
 
     Args:
         scale: Guidance; 1 changes nothing.
@@ -171,9 +171,7 @@ class Inversion(Technique):
 
     def condition(self, ctx: Context) -> Patch:
         """The inverted latents."""
-        return Patch(
-            x_t=lambda c: c.fx.invert(c.inputs.latents, c.t, c.prompt, steps=self.steps)
-        )
+        return Patch(x_t=lambda c: c.fx.invert(c.inputs.latents, c.t, c.prompt, steps=self.steps))
 
 
 @dataclass(eq=False)
