@@ -45,6 +45,7 @@ class Snapshot:
         self._training = [(m, m.training) for m in model.modules()]
         modules: list[Any] = list(model.modules())
         self._processors = [(m, m.processor) for m in modules if hasattr(m, "set_processor")]
+        self._projection = getattr(model, "encoder_hid_proj", model)
         self._hidden = getattr(getattr(model, "config", None), "encoder_hid_dim_type", None)
         self.peft = dict(getattr(model, "peft_config", None) or {})
         self._loaded = getattr(model, "_hf_peft_config_loaded", None)
@@ -57,13 +58,12 @@ class Snapshot:
     def restore(self) -> None:
         """Put everything back."""
         extra = set(getattr(self.model, "peft_config", None) or {}) - set(self.peft)
-        if extra:
-            model: Any = self.model
-            if hasattr(model, "delete_adapters"):
-                model.delete_adapters(sorted(extra))
-            else:
-                for name in sorted(extra):
-                    model.delete_adapter(name)
+        modules: list[Any] = list(self.model.modules())
+        for name in extra:
+            for module in modules:
+                if hasattr(module, "lora_A") and name in module.scaling:
+                    module.delete_adapter(name)
+            self.model.peft_config.pop(name)  # type: ignore[operator, union-attr]
         for module, processor in self._processors:
             if module.processor is not processor:
                 module.set_processor(processor)
@@ -71,6 +71,9 @@ class Snapshot:
             if dict(module._modules) != children:
                 module._modules.clear()
                 module._modules.update(children)
+        if self._projection is None and not hasattr(self.model, "encoder_hid_proj"):
+            # It was a plain None, which the adapter's module had taken the place of.
+            self.model.encoder_hid_proj = None  # type: ignore[assignment]
         config = getattr(self.model, "config", None)
         if config is not None and getattr(config, "encoder_hid_dim_type", None) != self._hidden:
             config.encoder_hid_dim_type = self._hidden

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from content_shift._state import Session
+from content_shift._state import TEXT_TOWERS, Session
 from content_shift.errors import AdapterClash, UnsupportedTechnique
 from content_shift.recipe import Context, Patch, Technique
 from diffeat import FeatureExtractor
@@ -57,7 +58,9 @@ class LoRA(Technique):
             raise AdapterClash(name)
         opened.sources[name] = _key(self.weights)
         try:
-            _load_lora(fx, self.weights, name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                _load_lora(fx, self.weights, name)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"the LoRA {_say(self.weights)} cannot be loaded: {reason}") from error
@@ -86,31 +89,61 @@ def _class(model: nn.Module) -> str:
 
 def _load_lora(fx: FeatureExtractor, weights: Any, name: str) -> None:
     source = dict(weights) if isinstance(weights, Mapping) else weights
+    given: dict[str, Any] = {}
     if isinstance(source, str) and Path(source).is_file():
-        path = Path(source)
-        given: dict[str, Any] = {"weight_name": path.name}
-        source = str(path.parent)
-    else:
-        given = {}
-    if fx.pipeline is not None and hasattr(fx.pipeline, "load_lora_weights"):
+        given["weight_name"] = Path(source).name
+        source = str(Path(source).parent)
+    config: Any = fx.backbone.config
+    if not hasattr(fx.backbone, "down_blocks"):
+        if not hasattr(fx.pipeline, "load_lora_weights"):
+            raise UnsupportedTechnique(
+                "LoRA", type(fx.backbone), "without its pipeline; use from_pretrained"
+            )
         fx.pipeline.load_lora_weights(source, adapter_name=name, **given)
         return
     from diffusers.loaders import lora_pipeline
 
-    config: Any = fx.backbone.config
+    loader = lora_pipeline.StableDiffusionLoraLoaderMixin
     if getattr(config, "addition_embed_type", None) == "text_time":
         loader = lora_pipeline.StableDiffusionXLLoraLoaderMixin
         given["unet_config"] = config
-    elif hasattr(fx.backbone, "down_blocks"):
-        loader = lora_pipeline.StableDiffusionLoraLoaderMixin
-    else:
-        raise UnsupportedTechnique(
-            "LoRA", type(fx.backbone), "without its pipeline; use FeatureExtractor.from_pretrained"
-        )
     state, alphas, metadata = loader.lora_state_dict(source, return_lora_metadata=True, **given)
-    loader.load_lora_into_unet(
-        state, network_alphas=alphas, unet=fx.backbone, adapter_name=name, metadata=metadata
-    )
+    if any(key.startswith("unet.") for key in state):
+        loader.load_lora_into_unet(
+            state, network_alphas=alphas, unet=fx.backbone, adapter_name=name, metadata=metadata
+        )
+    for tower in TEXT_TOWERS[:2]:
+        if isinstance(getattr(fx.pipeline, tower, None), nn.Module):
+            _load_into_tower(getattr(fx.pipeline, tower), tower, state, alphas, metadata, name)
+
+
+def _load_into_tower(
+    tower: nn.Module, prefix: str, state: Mapping[str, Tensor], alphas: Any, metadata: Any,
+    name: str,
+) -> None:  # fmt: skip
+    """Text weights by peft itself: the way through transformers is tied to certain versions."""
+    import peft
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+
+    own = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
+    if not own:
+        return
+    own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+    if not hasattr(tower, "text_model"):  # newer releases of transformers have one level less
+        own = {k.removeprefix("text_model."): v for k, v in own.items()}
+    ranks = {k.removesuffix(".lora_B.weight"): v.shape[1] for k, v in own.items() if "lora_B" in k}
+    known = {k.removeprefix(f"{prefix}."): v for k, v in (alphas or {}).items()}
+    common = (metadata or {}).get(f"{prefix}.lora_alpha")
+    strength = {}
+    for layer, rank in ranks.items():
+        hits = [v for k, v in known.items() if k.startswith(layer) or layer in k]
+        strength[layer] = float(hits[0]) if hits else float(common or rank)
+    settings = peft.LoraConfig(
+        r=max(ranks.values()), lora_alpha=max(strength.values()), target_modules=list(ranks),
+        rank_pattern=ranks, alpha_pattern=strength,
+    )  # fmt: skip
+    peft.inject_adapter_in_model(settings, tower, name)
+    peft.set_peft_model_state_dict(tower, own, adapter_name=name)
 
 
 @dataclass(eq=False)

@@ -141,7 +141,7 @@ def train_lora(
                     text_config = peft.LoraConfig(
                         r=rank, lora_alpha=alpha, target_modules=list(TEXT_TARGETS)
                     )
-                    tower.add_adapter(text_config, adapter_name=NAME)
+                    peft.inject_adapter_in_model(text_config, tower, NAME)
             groups: list[dict[str, Any]] = []
             trainable: dict[str, nn.Parameter] = {}
             for prefix, part, rate in (("unet", backbone, lr), ("text_encoder", tower, te_lr)):
@@ -214,11 +214,10 @@ def _embed(fx: FeatureExtractor, said: list[str], *, trained: bool) -> PromptEmb
 def _save(fx: FeatureExtractor, peft: Any, out: Path, config: Any, text_config: Any) -> None:
     """Write the weights the way diffusers does, whole or not at all, alpha included."""
     from diffusers.loaders import lora_pipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
 
     def layers(model: nn.Module) -> dict[str, Tensor]:
-        state = peft.get_peft_model_state_dict(model, adapter_name=NAME)
-        return dict(convert_state_dict_to_diffusers(state))
+        # As peft names them: diffusers' own names know the attention layers only.
+        return dict(peft.get_peft_model_state_dict(model, adapter_name=NAME))
 
     def metadata(settings: Any) -> dict[str, Any]:
         plain = settings.to_dict()
