@@ -60,8 +60,8 @@ def open_extractor(
 
 
 def techniques_from(
-    prompts: Sequence[str], control: str | None, preprocess: str, scale: float, loras: Sequence[str],
-    cfg: float | None, recipe: Path | None,
+    prompts: Sequence[str], control: str | None, preprocess: str, scale: float,
+    loras: Sequence[str], cfg: float | None, recipe: Path | None,
 ) -> dict[str, Recipe]:  # fmt: skip
     """Techniques named on a command line, each alone, and those of a recipe file.
 

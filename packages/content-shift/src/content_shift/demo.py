@@ -1,7 +1,7 @@
 """The embedded demonstration: a small ControlNet, and whether it keeps features at the image.
 
-diffeat's demo model (a U-Net with the layout of Stable Diffusion that learns to paint shapes) gets a
-ControlNet that sees the edges of the image. Techniques are then compared on the same noise: how
+diffeat's demo model (a U-Net with the layout of Stable Diffusion that learns to paint shapes) gets
+a ControlNet that sees the edges of the image. Techniques are then compared on the same noise: how
 close a one-step reconstruction comes to the input, how well a linear probe reads the segmentation
 out of up-stage features, and the GATE score.
 """
@@ -156,8 +156,8 @@ def run_seed(
 
     Returns:
         Rows of ``technique, t, seed, gain`` (dB), ``miou`` and ``miou_gain`` (mean over layers),
-        ``miou_gains`` by layer, ``score`` and ``score_same`` (eq. 2, pooled, with either reference);
-        and the ControlNet.
+        ``miou_gains`` by layer, ``score`` and ``score_same`` (eq. 2, pooled, with either
+        reference); and the ControlNet.
     """
     images, _, captions = base.shapes_data(s.images, "train", seed)
     net = train_control(
