@@ -181,7 +181,7 @@ def test_assigners_learn_to_match_by_the_better_feature(tmp_path: Path) -> None:
     with torch.no_grad():
         assert float(head(stack)[1].weights[..., 1].mean()) > 0.8
     # Interrupted and resumed, it ends in the same weights.
-    part, _ = train_correspondence(
+    train_correspondence(
         bucket, matches[:4], matches[4:], out=tmp_path / "p", **{**given, "steps": 40}
     )
     rest, again = train_correspondence(

@@ -33,7 +33,7 @@ def test_demo_and_what_follows(run_cli: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert len(written["summary"]["rows"]) == 7
     assert len(written["rows"]) == 14
     nothing = [r for r in written["rows"] if r["technique"] == "control x 0"]
-    assert all(r[k] == 0 for r in nothing for k in ("gain", "miou_gain", "score", "score_same"))
+    assert all(r[k] == 0 for r in nothing for k in ("gain", "miou_gain", "score"))
     guided = [r for r in written["rows"] if r["technique"] == "guidance 3"]
     said = [r for r in written["rows"] if r["technique"] == "class-free prompt"]
     assert [g["miou"] for g in guided] == [s["miou"] for s in said]  # features of one forward
