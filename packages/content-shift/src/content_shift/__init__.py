@@ -5,7 +5,7 @@ different image. Techniques that steer generation steer them back. `techniques` 
 `gate` tells which of them help, `Amalgamation` joins features obtained under several.
 """
 
-from content_shift import gate, techniques
+from content_shift import caption, correspondence, gate, presets, segmentation, techniques
 from content_shift.amalgamation import (
     Amalgamation,
     AmalgamationOutput,
@@ -46,11 +46,15 @@ __all__ = [
     "ZeroAnchor",
     "amalgamation_loss",
     "canny",
+    "caption",
+    "correspondence",
     "extract_bucket",
     "gate",
     "load_recipe",
     "load_specs",
+    "presets",
     "recipes",
+    "segmentation",
     "shift_map",
     "techniques",
     "train_control",

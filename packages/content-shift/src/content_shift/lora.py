@@ -207,7 +207,8 @@ def _embed(fx: FeatureExtractor, said: list[str], *, trained: bool) -> PromptEmb
     parts = [fx.encode_prompt(text) for text in said]
     pooled = [p.pooled for p in parts if p.pooled is not None]
     return PromptEmbedding(
-        torch.cat([p.states for p in parts]), pooled=torch.cat(pooled) if pooled else None
+        torch.cat([p.states for p in parts]).detach(),
+        pooled=torch.cat(pooled).detach() if pooled else None,
     )
 
 

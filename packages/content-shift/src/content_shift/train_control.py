@@ -92,14 +92,16 @@ def train_control(
             backbone, conditioning_channels=pictures.shape[1],
             conditioning_embedding_out_channels=tuple(embedding_channels),
         )  # fmt: skip
-    net.to(fx.device, torch.float32).train().requires_grad_(True)
+    if next(net.parameters()).dtype != torch.float32:
+        net.float()
+    net.to(fx.device).train().requires_grad_(True)
     latents, pictures = inputs.latents.to(fx.device), pictures.to(fx.device)
     backbone.eval().requires_grad_(False)
     texts = ["", *dict.fromkeys(captions or ())]
     known = [fx.encode_prompt(text) for text in texts]
-    table = torch.cat([k.states for k in known]).to(fx.device, torch.float32)
+    table = torch.cat([k.states for k in known]).detach().to(fx.device, torch.float32)
     pools = [k.pooled for k in known if k.pooled is not None]
-    pooled = torch.cat(pools).to(fx.device) if pools else None
+    pooled = torch.cat(pools).detach().to(fx.device) if pools else None
     place = torch.tensor([texts.index(c) for c in captions or [""] * len(latents)])
 
     def loss_of(step: int) -> Tensor:
