@@ -1,6 +1,7 @@
 """What techniques may change in a model, remembered and put back; and which adapters are active."""
 
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,19 @@ from torch import nn
 _LOCKS: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
 _GUARD = threading.Lock()
 TEXT_TOWERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep to themselves what the loaders of other libraries say about their own options."""
+    with warnings.catch_warnings():
+        for message in (
+            "Already found a `peft_config`",
+            ".*local_dir_use_symlinks",
+            ".*torch_dtype",
+        ):
+            warnings.filterwarnings("ignore", message)
+        yield
 
 
 def lock_of(model: nn.Module) -> threading.RLock:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from content_shift._state import TEXT_TOWERS, Session
+from content_shift._state import TEXT_TOWERS, Session, quiet_loading
 from content_shift.errors import AdapterClash, UnsupportedTechnique
 from content_shift.recipe import Context, Patch, Technique
 from diffeat import FeatureExtractor
@@ -58,8 +57,7 @@ class LoRA(Technique):
             raise AdapterClash(name)
         opened.sources[name] = _key(self.weights)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            with quiet_loading():
                 _load_lora(fx, self.weights, name)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -197,9 +195,10 @@ class IPAdapter(Technique):
         try:
             file = self.weights
             if not Path(file).is_file():
-                file = _get_model_file(
-                    file, weights_name=self.weight_name, subfolder=self.subfolder
-                )
+                with quiet_loading():
+                    file = _get_model_file(
+                        file, weights_name=self.weight_name, subfolder=self.subfolder
+                    )
             found: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118

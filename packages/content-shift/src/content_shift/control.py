@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from content_shift._state import Session
+from content_shift._state import Session, quiet_loading
 from content_shift.canny import canny
 from content_shift.closeness import sobel
 from content_shift.errors import IncompatibleControl, UnsupportedTechnique
@@ -153,7 +153,8 @@ def _load(source: str, dtype: torch.dtype) -> nn.Module:
     from diffusers import ControlNetModel
 
     try:
-        net: nn.Module = ControlNetModel.from_pretrained(source, torch_dtype=dtype)
+        with quiet_loading():
+            net: nn.Module = ControlNetModel.from_pretrained(source, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"the ControlNet {source} cannot be loaded: {reason}") from error
