@@ -131,7 +131,9 @@ def main() -> None:
     backbones = [fx.backbone, fx.backbone]
     for folder in folders:  # a merged model for each LoRA
         other = copy.deepcopy(fx.backbone)
-        other.load_lora_adapter(folder, prefix="unet")
+        other.load_lora_adapter(
+            folder, prefix="unet", weight_name="pytorch_lora_weights.safetensors"
+        )
         other.fuse_lora()
         other.unload_lora()
         backbones.append(other)

@@ -148,7 +148,7 @@ def test_caption_by_a_model_from_a_folder(run_cli: Run, tmp_path: Path) -> None:
     text: dict[str, Any] = {
         "vocab_size": len(words), "hidden_size": 8, "encoder_hidden_size": 8,
         "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "max_position_embeddings": 16, "bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3,
+        "max_position_embeddings": 128, "bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3,
         "pad_token_id": 0,
     }  # fmt: skip
     vision = {
@@ -172,7 +172,7 @@ def test_caption_by_a_model_from_a_folder(run_cli: Run, tmp_path: Path) -> None:
     written = json.loads(Path("runs/content-shift/caption/captions.json").read_text())
     assert written == json.loads(shown.stdout)["captions"]
     assert list(written) == ["0.png", "1.png"]
-    assert all(text.startswith("an image of") for text in written.values())
+    assert all("an image of" in text for text in written.values())
     refused = run_cli(main, "caption", "--input", "images", "--model", "nobody/nothing")
     assert refused.code == 2
     assert "cannot be loaded" in refused.stderr
