@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from abkd.data import CompletionCollator, tokenize_dataset
-from abkd.divergence import divergence_terms
 from abkd.fused import fused_linear_ab_divergence
 from abkd.objective import DistillationOutput, distillation_loss
 from abkd.sparse import sparse_distillation_loss
+from abkd.terms import divergence_terms
 from abkd.vocab import align_vocab
 from shared_core.errors import InputError, MissingExtraError
 
