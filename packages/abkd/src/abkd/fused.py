@@ -320,7 +320,13 @@ def fused_loss(
             teacher,
             objective,
             rows,
-            chunk_rows(chunk_size, head.classes, hidden.device, cpu=1 << 22),
+            # Wide heads want more rows a chunk: each reads and writes the whole head once.
+            chunk_rows(
+                chunk_size,
+                head.classes,
+                hidden.device,
+                cpu=min(1 << 22, max(1 << 20, head.classes * hidden.shape[-1] // 16)),
+            ),
             with_grad,
         )
     wanted = (label_logit, lse) if objective.label_logits else (None, None)

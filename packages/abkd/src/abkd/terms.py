@@ -212,11 +212,17 @@ def ab_terms_each(lq: Tensor, lp: Tensor, alpha: Tensor, beta: Tensor) -> tuple[
 # --- its kin ------------------------------------------------------------------------------------
 
 
+def _mixture(lq: Tensor, lp: Tensor, on_p: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The masses q and p, m = on_p p + (1 - on_p) q, and log m."""
+    q, p = torch.exp(lq), torch.exp(lp)
+    m = torch.add(p * on_p, q, alpha=1 - on_p)
+    return q, p, m, torch.log(m)
+
+
 def _jsd_terms(lq: Tensor, lp: Tensor, mix: float) -> tuple[Tensor, Tensor]:
-    lm = torch.logaddexp(lp + math.log(mix), lq + math.log1p(-mix))
-    from_q = _times(torch.exp(lq), lq - lm)
-    from_p = _times(torch.exp(lp), lp - lm)
-    return (mix * from_p + (1 - mix) * from_q).sum(-1), (1 - mix) * from_q
+    q, p, _, lm = _mixture(lq, lp, mix)
+    from_q, from_p = _times(q, lq - lm), _times(p, lm.neg_().add_(lp))
+    return mix * from_p.sum(-1) + (1 - mix) * from_q.sum(-1), from_q.mul_(1 - mix)
 
 
 def _tv_terms(lq: Tensor, lp: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,16 +232,19 @@ def _tv_terms(lq: Tensor, lp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _skew_fkl_terms(lq: Tensor, lp: Tensor, mix: float) -> tuple[Tensor, Tensor]:
-    lm = torch.logaddexp(lp + math.log(mix), lq + math.log1p(-mix))
-    p = torch.exp(lp)
-    return _times(p, lp - lm).sum(-1), -(1 - mix) * p * torch.exp(_difference(lm, lq))
+    q, p, m, lm = _mixture(lq, lp, mix)
+    return _times(p, lp - lm).sum(-1), -(1 - mix) * p * _share(q, m)
 
 
 def _skew_rkl_terms(lq: Tensor, lp: Tensor, mix: float) -> tuple[Tensor, Tensor]:
-    lm = torch.logaddexp(lp + math.log1p(-mix), lq + math.log(mix))
-    q = torch.exp(lq)
+    q, _, m, lm = _mixture(lq, lp, 1 - mix)
     values = _times(q, lq - lm)
-    return values.sum(-1), values + q * (1 - mix * torch.exp(_difference(lm, lq)))
+    return values.sum(-1), values + q * (1 - mix * _share(q, m))
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Part over whole, and 0 where there is none of it."""
+    return (part / whole).masked_fill_(part == 0, 0.0)
 
 
 def _wsd_terms(lq: Tensor, lp: Tensor, mix: float) -> tuple[Tensor, Tensor]:
