@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -38,10 +39,10 @@ def _trl_jsd() -> Callable[[Tensor, Tensor], Tensor] | None:
         return None
     with warnings.catch_warnings(action="ignore"):
         try:
-            from trl.experimental.gkd import GKDTrainer
-        except ImportError:
-            from trl import GKDTrainer
-    loss: Callable[..., Tensor] = GKDTrainer.generalized_jsd_loss
+            gkd = importlib.import_module("trl.experimental.gkd")
+        except ImportError:  # older versions have it on their front page
+            gkd = importlib.import_module("trl")
+    loss: Callable[..., Tensor] = gkd.GKDTrainer.generalized_jsd_loss
     return lambda z, t: loss(z, t, beta=0.5)
 
 
@@ -49,9 +50,8 @@ def _liger_jsd() -> Any:
     """Liger-Kernel's chunked JSD with both heads (plain torch: it has no kernel of its own)."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    return LigerFusedLinearJSDLoss(
+    liger = importlib.import_module("liger_kernel.chunked_loss")
+    return liger.LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False
     )
 
