@@ -197,6 +197,9 @@ def train(
     lora_r: Annotated[
         int | None, typer.Option("--lora-r", help="Rank of LoRA adapters; 0 trains all.", min=0)
     ] = None,
+    depth: Annotated[
+        int | None, typer.Option("--depth", help="Clip: blocks with learned prompts.", min=1)
+    ] = None,
     pretrain_data: Annotated[
         str | None, typer.Option("--pretrain-data", help="Plain text mixed in, named like --data.")
     ] = None,
@@ -259,6 +262,7 @@ def train(
         "student_weights": student_weights,
         "teacher_weights": teacher_weights,
         "criterion": criterion,
+        "depth": depth,
         "bf16": bf16 or None,
         "seed": seed,
     }

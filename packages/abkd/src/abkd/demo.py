@@ -166,8 +166,9 @@ def tell(
     small = summary["αβ (0.05, 0.05)"]["total variation"]["mean"]
     worse = small > max(e["total variation"]["mean"] for e in (fkl, rkl))
     return (
-        f"Table, {len(results)} seeds: forward KL gives entropy {fkl['student entropy']['mean']:.2f} "
-        f"and reverse KL {rkl['student entropy']['mean']:.2f} where the teacher has {truth:.2f} "
+        f"Table, {len(results)} seeds: forward KL gives entropy "
+        f"{fkl['student entropy']['mean']:.2f} and reverse KL "
+        f"{rkl['student entropy']['mean']:.2f} where the teacher has {truth:.2f} "
         f"(too smooth: {'yes' if smooth else 'no'}; too sharp: {'yes' if sharp else 'no'}). The "
         f"cell α={best[0]:g}, β={best[1]:g}, chosen on other seeds, has total variation "
         f"{found[:, 0].mean():.3f}, {gaps.mean():.3f} below the better of the two KLs (in "

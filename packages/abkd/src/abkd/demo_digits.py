@@ -20,7 +20,7 @@ METHODS = {
     "reverse KL": (0.0, 1.0),
     "αβ (0.8, 0.3)": (0.8, 0.3),
 }
-WEIGHTS = (2.0, 8.0, 32.0)
+WEIGHTS = (0.5, 2.0, 8.0, 32.0)
 TEMPERATURE = 4.0
 TUNING_SEEDS = (100, 101, 102)
 
@@ -29,8 +29,7 @@ def _data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from shared_core.data.digits import digit_arrays
 
     parts = []
-    for split in ("train", "test"):
-        images, labels = digit_arrays(split)  # type: ignore[arg-type]
+    for images, labels in (digit_arrays("train"), digit_arrays("test")):
         x = torch.from_numpy(images).float().reshape(len(labels), -1) / 16
         parts += [x, torch.from_numpy(labels)]
     return parts[0], parts[1], parts[2], parts[3]
@@ -44,7 +43,7 @@ def _teacher(x: Tensor, y: Tensor, steps: int) -> nn.Module:
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4)
     for _ in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
+        torch.autograd.backward(F.cross_entropy(net(x), y))
         optimizer.step()
     return net.eval()
 
@@ -78,7 +77,7 @@ def _students(
                 soft = ab_divergence(z[i], t, *pair, temperature=TEMPERATURE)
                 loss = loss + weight * soft
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     with torch.no_grad():

@@ -4,6 +4,7 @@ Every method starts from the same short fine-tuning and sees the same batches. T
 each was chosen on seed 100, which is not reported.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ def _train(
                 theirs = teacher(input_ids=rows).logits[:, :-1]
             loss = distillation_loss(logits, theirs, alpha=pair[0], beta=pair[1]).loss
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -108,7 +109,7 @@ def _measure(
     student: Any, teacher: Any, held: Tensor, tokenizer: Any, settings: LanguageSettings, seed: int
 ) -> dict[str, float]:
     """Distances on held-out text, and how good and how varied the student's own text is."""
-    batches = [{"input_ids": rows, "labels": rows} for rows in held.split(settings.batch)]
+    batches = [{"input_ids": rows, "labels": rows} for rows in torch.split(held, settings.batch)]
     found = compare(student, teacher, batches)
     start = held[:, : settings.prompt]
     torch.manual_seed(seed)
@@ -119,7 +120,7 @@ def _measure(
     new = whole[:, settings.prompt :]
     lp = teacher(input_ids=whole).logits[:, settings.prompt - 1 : -1].log_softmax(-1)
     found["teacher_nll"] = -float(lp.gather(-1, new.unsqueeze(-1)).mean())
-    pairs = [tuple(p) for row in new.tolist() for p in zip(row, row[1:], strict=False)]
+    pairs = [tuple(p) for row in new.tolist() for p in itertools.pairwise(row)]
     found["distinct_2"] = len(set(pairs)) / len(pairs)
     scores = [
         100 * rouge_l(tokenizer.decode(mine), tokenizer.decode(theirs))
@@ -188,7 +189,8 @@ def tell_language(found: dict[str, Any]) -> str:
     pair = "αβ (0.2, 0.7)"
 
     def least(measure: str) -> str:
-        return min(rows, key=lambda name: rows[name][measure])
+        names: list[str] = list(rows)
+        return min(names, key=lambda name: float(rows[name][measure]))
 
     best = max(rows[n]["rouge_l"] for n in rows) - min(rows[n]["rouge_l"] for n in rows)
     noise = 2 * math.sqrt(2) * max(e["rouge_l"] for e in errors.values())
