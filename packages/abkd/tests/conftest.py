@@ -1,4 +1,7 @@
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,3 +40,49 @@ def _textbook(z: Tensor, t: Tensor, alpha: float, beta: float, tau: float = 1.0)
 def textbook() -> Callable[..., Tensor]:
     """The definition, written out with probabilities, that the package is compared with."""
     return _textbook
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[str]:
+    """A tiny Qwen student and Llama teacher with heads of unequal size, and data, on disk."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("datasets")
+    import torch
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    from shared_core.data.text import train_bpe
+
+    text = ["The quick brown fox jumps over the lazy dog. " * 4]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(text, 270), pad_token="<pad>", eos_token="<eos>"
+    )
+    common: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    student = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=288, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                    **common)
+    )  # fmt: skip
+    teacher = LlamaForCausalLM(
+        LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                    initializer_range=0.3, **common)
+    )  # fmt: skip
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"prompt": "The quick", "completion": f" brown fox {i}"} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        "train", "--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"),
+        "--data", str(tmp_path / "data.jsonl"), "--max-steps", "30", "--save-steps", "5",
+        "--batch-size", "2", "--accumulation", "2", "--lr", "0.003", "--device", "cpu",
+    ]  # fmt: skip

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("without_type_checks")
 def test_help_teaches(run_cli: Run) -> None:
     shown = run_cli(main, "--help")
     assert shown.code == 0
-    for name in ["demo", "train", "capture", "evaluate", "presets", "bench"]:
+    for name in ["demo", "train", "capture", "evaluate", "heatmap", "presets", "bench"]:
         assert name in shown.stdout
         assert run_cli(main, name, "--help").code == 0
 
@@ -32,8 +31,23 @@ def test_demo_writes_a_run(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     import abkd.demo as the_demo
 
     monkeypatch.setattr(the_demo, "GRID", (0.05, 0.5, 1.0))
+    from abkd import demo_digits, demo_language
+
     real = the_demo.DemoSettings
     monkeypatch.setattr(the_demo, "DemoSettings", lambda steps: real(steps=5))
+    short = {
+        "teacher_width": 16,
+        "window": 16,
+        "teacher_steps": 2,
+        "init_steps": 1,
+        "steps": 2,
+        "held_out": 4,
+        "prompt": 4,
+    }
+    full = demo_language.LanguageSettings
+    monkeypatch.setattr(demo_language, "LanguageSettings", lambda **_: full(**short, new_tokens=4))
+    digits = demo_digits.run_digits
+    monkeypatch.setattr(demo_digits, "run_digits", lambda seeds, steps: digits(seeds, steps=5))
     shown = run_cli(main, "demo", "--quick", "--json", "--seeds", 2)
     assert shown.code == 0, shown.stderr
     summary = json.loads(shown.stdout)
@@ -41,56 +55,14 @@ def test_demo_writes_a_run(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     written = json.loads((folder / "metrics.json").read_text())
     assert written.pop("timing")["seconds"] > 0
     assert written == summary
-    assert [row["divergence"] for row in written["summary"]["rows"]] == list(the_demo.NAMED)
-    for name in ("heatmap", "tradeoff"):
+    named = [row["divergence"] for row in written["summary"]["rows"]]
+    assert named[: len(the_demo.NAMED)] == list(the_demo.NAMED)
+    assert not set(written["seeds"]) & set(written["tuning_seeds"])
+    assert list(written["language"]["rows"]) == list(demo_language.METHODS)
+    assert len(written["digits"]["rows"]) == 4
+    for name in ("heatmap", "tradeoff", "language"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
     assert json.loads((folder / "config.json").read_text())["command"] == "abkd demo"
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> list[str]:
-    """A tiny Qwen student and Llama teacher with heads of unequal size, and data, on disk."""
-    pytest.importorskip("tokenizers")
-    pytest.importorskip("datasets")
-    import torch
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-    )
-
-    from shared_core.data.text import train_bpe
-
-    text = ["The quick brown fox jumps over the lazy dog. " * 4]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_bpe(text, 270), pad_token="<pad>", eos_token="<eos>"
-    )
-    common: dict[str, Any] = {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-    }
-    torch.manual_seed(0)
-    student = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=288, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                    **common)
-    )  # fmt: skip
-    teacher = LlamaForCausalLM(
-        LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                    initializer_range=0.3, **common)
-    )  # fmt: skip
-    for name, model in (("student", student), ("teacher", teacher)):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    rows = [{"prompt": "The quick", "completion": f" brown fox {i}"} for i in range(40)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return [
-        "train", "--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"),
-        "--data", str(tmp_path / "data.jsonl"), "--max-steps", "30", "--save-steps", "5",
-        "--batch-size", "2", "--accumulation", "2", "--lr", "0.003", "--device", "cpu",
-    ]  # fmt: skip
 
 
 def start(argv: list[str], folder: Path) -> "subprocess.Popen[bytes]":
@@ -103,6 +75,14 @@ def start(argv: list[str], folder: Path) -> "subprocess.Popen[bytes]":
         )  # fmt: skip
 
 
+def damage(path: Path) -> None:
+    """Flip a byte in the middle; twice is as before."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.filterwarnings("default:.*is damaged and passed over:UserWarning")
 def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
     pair: list[str], tmp_path: Path, run_cli: Run
 ) -> None:
@@ -123,8 +103,23 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
     assert "continue it with --resume" in refused.stderr
     other = [*pair, "--out", tmp_path / "killed", "--resume", "--alpha", "0.5"]
     assert "give the same settings" in run_cli(main, *other).stderr
+    # The latest whole checkpoint is damaged on the disk: the one before takes over.
+    marks = sorted((tmp_path / "killed").rglob("complete.json"), key=lambda p: len(str(p)))
+    steps = sorted(int(mark.parent.name.split("-")[1]) for mark in marks)
+    latest = tmp_path / f"killed/checkpoints/checkpoint-{steps[-1]}"
+    damage(latest / "model.safetensors")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").rglob("*") if p.is_file()}
+    if len(steps) > 1:
+        kept = steps[-2]
+        damage(tmp_path / f"killed/checkpoints/checkpoint-{kept}/optimizer.pt")
+        refused = run_cli(main, *pair, "--out", tmp_path / "killed", "--resume")
+        assert refused.code == 2
+        assert "are damaged; delete them" in refused.stderr
+        damage(tmp_path / f"killed/checkpoints/checkpoint-{kept}/optimizer.pt")  # and undone
+        assert all(p.is_file() for p in before)
     again = run_cli(main, *pair, "--out", tmp_path / "killed", "--resume")
     assert again.code == 0, again.stderr
+    assert f"checkpoint-{steps[-1]} is damaged and passed over" in again.stderr
     one, two = (
         load_file(tmp_path / name / "student/model.safetensors") for name in ("whole", "killed")
     )
@@ -200,13 +195,54 @@ def test_presets_and_plan(run_cli: Run) -> None:
     assert listed["gpt2-small-dolly"]["alpha"] == 0.2
     assert listed["openllama-3b-dolly"]["student"] == "openlm-research/open_llama_3b_v2"
     assert "clip-base-to-new" in run_cli(main, "presets").stdout
+    assert {p["task"] for p in listed.values()} == {"language", "vision", "clip"}
     for name, preset in listed.items():
-        shown = run_cli(main, "train", "--preset", name, "--dry-run", "--json")
-        if preset["task"] == "language":
-            plan = json.loads(shown.stdout)
-            assert (plan["student"], plan["alpha"]) == (preset["student"], preset["alpha"])
-        else:
-            assert shown.code == 2
+        extra = ["--data", "images"] if preset["task"] == "clip" else []
+        shown = run_cli(main, "train", "--preset", name, *extra, "--dry-run", "--json")
+        plan = json.loads(shown.stdout)
+        for key in ("student", "teacher", "alpha", "beta", "lr", "kd_weight", "epochs"):
+            assert plan[key] == preset[key], name
+    assert listed["gpt2-xl-dolly-sft"]["teacher"] is None
+    changed = ["train", "--preset", "cifar100-dkd-resnet56-resnet20", "--dry-run", "--json"]
+    plan = json.loads(run_cli(main, *changed, "--epochs", 3, "--alpha", 0.5).stdout)
+    assert (plan["epochs"], plan["alpha"], plan["criterion"]) == (3, 0.5, "dkd")
+
+
+def test_launch_files(run_cli: Run) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = json.loads(run_cli(main, "presets", "--launch", "--json").stdout)
+    kinds = {name: load_config_from_file(path) for name, path in files.items()}
+    assert kinds["ddp"].distributed_type == "MULTI_GPU"
+    assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
+    for stage in (1, 2, 3):
+        assert kinds[f"zero{stage}"].deepspeed_config["zero_stage"] == stage
+
+
+def test_the_gsm8k_recipe(
+    pair: list[str], run_cli: Run, tenfold_data: Path, tmp_path: Path
+) -> None:
+    for split, count in (("train", 24), ("test", 3)):
+        lines = (tenfold_data / f"gsm8k-{split}.jsonl").read_text().splitlines()[:count]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    options = [*pair[:5], "--data", "train.jsonl", "--max-steps", 2, "--batch-size", 2]
+    options += ["--max-length", 640, "--device", "cpu", "--out", "run", "--json"]
+    trained = run_cli(main, *options)
+    assert trained.code == 0, trained.stderr
+    assert json.loads(trained.stdout)["last"]["kd"] > 0
+    argv = ["evaluate", "--model", "run/student", "--data", "test.jsonl", "--metric", "exact_match"]
+    argv += ["--max-new-tokens", 4, "--seeds", 2, "--device", "cpu", "--json"]
+    shown = run_cli(main, *argv)
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert (found["rows"], len(found["of_seeds"])) == (3, 2)
+    from abkd.evaluation import exact_match
+
+    references = [
+        json.loads(line)["answer"] for line in Path("test.jsonl").read_text().splitlines()
+    ]
+    assert exact_match(references, references) == [100.0] * 3
+    assert exact_match(references, references[1:] + references[:1]) == [0.0] * 3
 
 
 def test_bench(run_cli: Run) -> None:
@@ -223,7 +259,8 @@ def test_bench(run_cli: Run) -> None:
     [
         (["train"], "say what to train"),
         (["train", "--preset", "mnist"], "no preset is called 'mnist'"),
-        (["train", "--preset", "clip-base-to-new"], "a run of clip"),
+        (["train", "--preset", "clip-base-to-new"], "the preset names no data"),
+        (["train", "--preset", "gpt2-small-dolly", "--criterion", "ab"], "has no part in a run of"),
         (["train", "--student", "./none", "--data", "pydoc"], "cannot load the model ./none"),
         (["train", "--student", "a", "--data", "b", "--device", "tpu"], "device 'tpu'"),
         (["demo", "--seeds", "0"], "--seeds"),

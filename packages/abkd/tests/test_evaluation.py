@@ -65,3 +65,38 @@ def test_padding_does_not_change_what_is_generated() -> None:
     drawn = [generate(model, Letters(), prompts, max_new_tokens=5, seed=s) for s in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_compare_equals_its_definitions() -> None:
+    from types import SimpleNamespace
+
+    from abkd.evaluation import compare
+
+    class Fixed(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self, seed: int, classes: int) -> None:
+            super().__init__()
+            self.table = torch.randn(10, classes, generator=torch.Generator().manual_seed(seed))
+
+        def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.table[input_ids])
+
+    student, teacher = Fixed(0, 6), Fixed(1, 8)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    labels = torch.tensor([[-100, 2, 3], [-100, -100, 0]])
+    found = compare(student, teacher, [{"input_ids": ids, "labels": labels}], vocab=6)
+    before, after = torch.tensor([1, 2, 5]), torch.tensor([2, 3, 0])
+    q, p = (m.table[before, :6].double().softmax(-1) for m in (student, teacher))
+    expected = {
+        "ce": -q.gather(1, after[:, None]).log().mean(),
+        "fkl": (p * (p / q).log()).sum(-1).mean(),
+        "rkl": (q * (q / p).log()).sum(-1).mean(),
+        "tv": 0.5 * (p - q).abs().sum(-1).mean(),
+        "student_entropy": -(q * q.log()).sum(-1).mean(),
+        "teacher_entropy": -(p * p.log()).sum(-1).mean(),
+        "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean(),
+    }
+    assert found == {name: pytest.approx(float(v), rel=1e-5) for name, v in expected.items()}
+    with pytest.raises(ValueError, match="no token that counts"):
+        compare(student, teacher, [{"input_ids": ids, "labels": torch.full_like(ids, -100)}])

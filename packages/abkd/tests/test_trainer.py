@@ -61,7 +61,8 @@ def trainer(folder: Path, data: Any = None, student: Any = None, **settings: Any
     from abkd.trainer import DistillationConfig, DistillationTrainer
 
     mine, teacher = models()
-    options = {k: settings.pop(k) for k in ("peft_config", "cls", "eval_dataset") if k in settings}
+    names = ("peft_config", "cls", "eval_dataset", "pretrain_dataset")
+    options = {k: settings.pop(k) for k in names if k in settings}
     defaults = {
         "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
@@ -226,6 +227,83 @@ def test_the_loss_can_be_overridden(tmp_path: Path) -> None:
     torch.testing.assert_close(losses[0], losses[1])
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_pretraining_mix_adds_its_cross_entropy(tmp_path: Path, fused: bool) -> None:
+    text = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows(6, seed=3)]
+    results = []
+    for size, steps in ((4, 2), (8, 1)):
+        t = trainer(
+            tmp_path, fused=fused, pretrain_dataset=text, pretrain_weight=0.5, max_steps=1,
+            per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+        )  # fmt: skip
+        drawn = []
+        real = t._pretrain_batch
+        t._pretrain_batch = lambda *a, real=real, drawn=drawn: drawn.append(real(*a)) or drawn[-1]
+        start = copy.deepcopy(t.model)
+        t.train()
+        total, count = torch.tensor(0.0), 0
+        for batch in drawn:  # the cross-entropy over all tokens of the step
+            labels = batch["labels"][:, 1:]
+            inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+            logits = start(**inputs).logits[:, :-1, :TOKENS].flatten(0, 1)
+            total += torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+            count += int((labels != -100).sum())
+        line = t.state.log_history[0]
+        assert sum(len(batch["labels"]) for batch in drawn) == 8
+        assert line["pretrain_ce"] == pytest.approx(float(total.detach() / count), rel=1e-4)
+        assert line["loss"] == pytest.approx(line["kd"] + 0.5 * line["pretrain_ce"], rel=1e-4)
+        results.append(line["kd"])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_on_policy_responses_are_the_students_own_and_survive_a_resume(tmp_path: Path) -> None:
+    data = rows()
+    options = {"on_policy_fraction": 1.0, "max_new_tokens": 5, "max_steps": 4}
+    whole = trainer(tmp_path / "a", **options)
+    seen = []
+    real = whole.compute_loss
+    whole.compute_loss = lambda m, i, *a, **k: seen.append(dict(i)) or real(m, i, *a, **k)
+    torch.manual_seed(5)
+    whole.train()
+    prompts = {tuple(row["input_ids"][:2]) for row in data}
+    for batch in seen:
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            counted = ids[labels != -100]
+            assert tuple(ids[:2].tolist()) in prompts
+            assert (labels[:2] == -100).all()
+            assert len(counted) == 5
+            assert tuple(counted.tolist()) not in {tuple(r["input_ids"][2:]) for r in data}
+    trainer(tmp_path / "b", save_steps=2, save_strategy="steps", **options).train()
+    again = trainer(tmp_path / "b", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    assert torch.equal(weights(again.model), weights(whole.model))
+    half = trainer(tmp_path, **{**options, "on_policy_fraction": 0.5})
+    drawn = []
+    half._draw_responses = lambda batch, place, real=half._draw_responses: drawn.append(
+        real(batch, place) or batch["labels"].shape[1]
+    )
+    half.train()
+    assert 7 in drawn
+    assert set(drawn) != {7}
+
+
+def test_fine_tuning_without_a_teacher(tmp_path: Path) -> None:
+    from abkd.trainer import DistillationTrainer
+
+    args = trainer(tmp_path, kd_weight=0.0, ce_weight=1.0, max_steps=2).args
+    for fused in (True, False):
+        args.fused = fused
+        tuned = DistillationTrainer(models()[0], None, args, rows(), processing_class=Tokens())
+        size = tuned.vocab_size
+        batch = CompletionCollator(0)(rows(4))
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        logits = tuned.model(**inputs).logits[:, :-1, :size].flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
+        torch.testing.assert_close(tuned.compute_loss(tuned.model, batch), expected)
+        tuned.train()
+        assert tuned.state.log_history[0]["ce"] > 0
+
+
 def test_empty_responses_are_harmless(tmp_path: Path) -> None:
     t = trainer(tmp_path)
     data = rows(4)
@@ -326,6 +404,8 @@ def test_rows_of_text() -> None:
     assert tokenize_row({"text": "5"}, Words(), None)["labels"] == [5, 9]
     whole = tokenize_row({"question": "1", "answer": "2"}, Words(), 2, completion_only=False)
     assert whole == {"input_ids": [1, 2], "labels": [1, 2]}
+    cut = tokenize_row({"prompt": "1 2 3", "completion": "4"}, Words(), None, max_prompt=2)
+    assert cut == {"input_ids": [2, 3, 4, 9], "labels": [-100, -100, 4, 9]}
     with pytest.raises(ValueError, match="accepted: input_ids and labels"):
         tokenize_row({"story": "5"}, Words(), None)
     with pytest.raises(ValueError, match="need a tokenizer"):
@@ -355,6 +435,13 @@ def test_errors(tmp_path: Path) -> None:
             student, teacher, args, rows(), processing_class=Tokens(),
             teacher_processing_class=Other(),
         )  # fmt: skip
+    many = DistillationConfig(str(tmp_path), use_cpu=True, on_policy_fraction=1.5)
+    with pytest.raises(ValueError, match="accepted: 0 to 1"):
+        DistillationTrainer(student, teacher, many, rows())
+    own = DistillationConfig(str(tmp_path), use_cpu=True, on_policy_fraction=0.5)
+    topk = [{**row, "topk_ids": [], "topk_logprobs": []} for row in rows()]
+    with pytest.raises(ValueError, match="need the teacher itself"):
+        DistillationTrainer(student, None, own, topk)
     smooth = DistillationConfig(str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="label_smoothing_factor has no part"):
         DistillationTrainer(student, teacher, smooth, rows())

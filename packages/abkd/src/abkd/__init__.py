@@ -5,13 +5,7 @@ on logits, `fused_linear_ab_divergence` on hidden states) need torch alone. Besi
 `abkd.trainer` on transformers, `abkd.vision`, `abkd.sparse`, `abkd.evaluation`, `abkd.presets`.
 """
 
-from abkd.divergence import (
-    DIVERGENCES,
-    Terms,
-    ab_divergence,
-    ab_divergence_from_log_probs,
-    divergence_terms,
-)
+from abkd.divergence import ab_divergence, ab_divergence_from_log_probs
 from abkd.divergence import divergence as divergence
 from abkd.fused import fused_linear_ab_divergence
 from abkd.objective import (
@@ -21,6 +15,7 @@ from abkd.objective import (
     distillation_loss,
 )
 from abkd.statistics import TokenStatistics
+from abkd.terms import DIVERGENCES, Terms, divergence_terms
 from abkd.vocab import VocabularyMismatchError, align_vocab
 
 __all__ = [

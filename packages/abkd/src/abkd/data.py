@@ -13,7 +13,11 @@ __all__ = ["CompletionCollator", "tokenize_dataset", "tokenize_row"]
 
 
 def tokenize_row(
-    row: Mapping[str, Any], tokenizer: Any, max_length: int | None, completion_only: bool = True
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    max_length: int | None,
+    completion_only: bool = True,
+    max_prompt: int | None = None,
 ) -> dict[str, Any]:
     """Token ids and labels of a row; -100 marks tokens that do not count.
 
@@ -24,6 +28,7 @@ def tokenize_row(
         tokenizer: A tokenizer of transformers.
         max_length: Longer rows are cut at the end.
         completion_only: Whether only the completion counts.
+        max_prompt: Longer prompts lose their beginning.
 
     Raises:
         InputError: If the row has none of these columns, or the tokenizer is missing.
@@ -37,6 +42,8 @@ def tokenize_row(
             raise InputError("rows of text need a tokenizer: pass processing_class")
         prompt, completion = _parts(row, tokenizer)
         start = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        if max_prompt is not None:
+            start = start[max(len(start) - max_prompt, 0) :]
         rest = tokenizer(completion, add_special_tokens=False)["input_ids"]
         if "messages" not in row and tokenizer.eos_token_id is not None:
             rest = [*rest, tokenizer.eos_token_id]
@@ -66,17 +73,22 @@ def _parts(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
 
 
 def tokenize_dataset(
-    data: Any, tokenizer: Any, max_length: int | None, completion_only: bool = True
+    data: Any,
+    tokenizer: Any,
+    max_length: int | None,
+    completion_only: bool = True,
+    max_prompt: int | None = None,
 ) -> Any:
     """Apply `tokenize_row` to all rows; data sets of `datasets` are mapped, others become lists."""
     if data is None:
         return None
+
+    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
+        return tokenize_row(row, tokenizer, max_length, completion_only, max_prompt)
+
     if hasattr(data, "map"):
-        return data.map(
-            lambda row: tokenize_row(row, tokenizer, max_length, completion_only),
-            remove_columns=data.column_names,
-        )
-    return [tokenize_row(row, tokenizer, max_length, completion_only) for row in data]
+        return data.map(convert, remove_columns=data.column_names)
+    return [convert(row) for row in data]
 
 
 @dataclass

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from abkd.divergence import ab_divergence
 
-__all__ = ["GRID", "NAMED", "DemoSettings", "figures", "run_seed", "summarize", "tell"]
+__all__ = [
+    "GRID",
+    "NAMED",
+    "DemoSettings",
+    "best_cell",
+    "figures",
+    "language_figure",
+    "run_seed",
+    "summarize",
+    "tell",
+]
 
 GRID = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
 NAMED = {
@@ -109,11 +119,11 @@ def run_seed(
 def summarize(
     results: list[dict[str, Tensor]], pairs: list[tuple[float, float]]
 ) -> dict[str, dict[str, Any]]:
-    """Mean and standard error over seeds of each measure of the named pairs."""
+    """Mean and standard error over seeds of each measure, of the named pairs and all others."""
     found: dict[str, dict[str, Any]] = {}
-    for name, pair in NAMED.items():
-        if pair not in pairs:
-            continue
+    names = {pair: name for name, pair in NAMED.items()}
+    for pair in pairs:
+        name = names.get(pair, f"αβ ({pair[0]:g}, {pair[1]:g})")
         at = pairs.index(pair)
         entry: dict[str, Any] = {"alpha": pair[0], "beta": pair[1]}
         for measure in (*MEASURES, "teacher entropy"):
@@ -132,53 +142,57 @@ def table(summary: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def best_cell(
+    results: list[dict[str, Tensor]], pairs: list[tuple[float, float]]
+) -> tuple[float, float]:
+    """The (α, β) of least total variation, for the tuning seeds."""
+    return pairs[int(torch.stack([r["total variation"] for r in results]).mean(0).argmin())]
+
+
 def tell(
     summary: dict[str, dict[str, Any]],
     results: list[dict[str, Tensor]],
     pairs: list[tuple[float, float]],
+    best: tuple[float, float],
 ) -> str:
-    """Say what was seen of the paper's claims, whichever way it went."""
+    """Say what was seen of the paper's claims on the reported seeds, whichever way it went."""
     fkl, rkl = summary["forward KL"], summary["reverse KL"]
     truth = fkl["teacher entropy"]["mean"]
-    variation = torch.stack([r["total variation"] for r in results]).mean(0)
-    best = int(variation.argmin())
-    gaps = torch.stack(
-        [
-            torch.minimum(
-                r["total variation"][pairs.index((1.0, 0.0))],
-                r["total variation"][pairs.index((0.0, 1.0))],
-            )
-            - r["total variation"][best]
-            for r in results
-        ]
-    )
+    at = [pairs.index(p) for p in (best, (1.0, 0.0), (0.0, 1.0))]
+    found = torch.stack([r["total variation"][at] for r in results])
+    gaps = found[:, 1:].min(-1).values - found[:, 0]
     smooth = fkl["student entropy"]["mean"] > truth
     sharp = rkl["student entropy"]["mean"] < truth
     small = summary["αβ (0.05, 0.05)"]["total variation"]["mean"]
     worse = small > max(e["total variation"]["mean"] for e in (fkl, rkl))
     return (
-        f"Over {len(results)} seeds: forward KL gives entropy {fkl['student entropy']['mean']:.2f} "
-        f"and reverse KL {rkl['student entropy']['mean']:.2f} where the teacher has {truth:.2f} "
+        f"Table, {len(results)} seeds: forward KL gives entropy "
+        f"{fkl['student entropy']['mean']:.2f} and reverse KL "
+        f"{rkl['student entropy']['mean']:.2f} where the teacher has {truth:.2f} "
         f"(too smooth: {'yes' if smooth else 'no'}; too sharp: {'yes' if sharp else 'no'}). The "
-        f"least total variation is at α={pairs[best][0]:g}, β={pairs[best][1]:g}: "
-        f"{variation[best]:.3f}, {gaps.mean():.3f} below the better of the two KLs (in "
+        f"cell α={best[0]:g}, β={best[1]:g}, chosen on other seeds, has total variation "
+        f"{found[:, 0].mean():.3f}, {gaps.mean():.3f} below the better of the two KLs (in "
         f"{int((gaps > 0).sum())} of {len(results)} seeds). Tiny α with tiny β "
         f"{'fails' if worse else 'does not fail'} (total variation {small:.2f})."
     )
 
 
 def figures(
-    results: list[dict[str, Tensor]], pairs: list[tuple[float, float]], grid: tuple[float, ...]
+    tuning: list[dict[str, Tensor]],
+    cells: list[tuple[float, float]],
+    grid: tuple[float, ...],
+    results: list[dict[str, Tensor]],
+    pairs: list[tuple[float, float]],
 ) -> dict[str, Any]:
-    """Heat maps over the grid, and the named pairs between smooth and sharp."""
+    """Heat maps of the tuning seeds over the grid, and the named pairs between smooth and sharp."""
     from shared_core.plots import COLORS, new_figure
 
     figure, axes = new_figure(1, 3, figsize=(13.5, 4.2))
     for ax, measure in zip(axes, MEASURES, strict=False):
-        values = torch.stack([r[measure] for r in results]).mean(0)
+        values = torch.stack([r[measure] for r in tuning]).mean(0)
         if measure == "student entropy":
-            values = values / results[0]["teacher entropy"][0]
-        field = torch.tensor([[values[pairs.index((a, b))] for a in grid] for b in grid])
+            values = values / torch.stack([r["teacher entropy"][0] for r in tuning]).mean()
+        field = torch.tensor([[values[cells.index((a, b))] for a in grid] for b in grid])
         picture = ax.imshow(field.numpy(), origin="lower", cmap="viridis", aspect="auto")
         ax.set_xticks(range(len(grid)), [f"{v:g}" for v in grid])
         ax.set_yticks(range(len(grid)), [f"{v:g}" for v in grid])
@@ -194,8 +208,27 @@ def figures(
         xs = [float(r["student entropy"][at]) for r in results]
         ys = [float(r["total variation"][at]) for r in results]
         ax.scatter(xs, ys, color=COLORS[i % len(COLORS)], label=name, s=24)
-    ax.axvline(float(results[0]["teacher entropy"][0]), color="0.4", linestyle="--", linewidth=1)
+    truth = torch.stack([r["teacher entropy"][0] for r in results]).mean()
+    ax.axvline(float(truth), color="0.4", linestyle="--", linewidth=1)
     ax.set_xlabel("entropy of the student (dashed: the teacher's)")
     ax.set_ylabel("total variation from the teacher")
     ax.legend(fontsize=8)
     return {"heatmap": figure, "tradeoff": scatter}
+
+
+def language_figure(found: dict[str, Any]) -> Any:
+    """Each method's text: how probable the teacher finds it, and how varied it is."""
+    from shared_core.plots import COLORS, new_figure
+
+    figure, ax = new_figure(figsize=(6.4, 4.4))
+    for i, (name, row) in enumerate(found["rows"].items()):
+        errors = found["errors"][name]
+        ax.errorbar(
+            row["distinct_2"], row["teacher_nll"], xerr=errors["distinct_2"],
+            yerr=errors["teacher_nll"], color=COLORS[i], label=name, marker="o", capsize=3,
+            linestyle="none",
+        )  # fmt: skip
+    ax.set_xlabel("distinct bigrams in the student's samples (more: more varied)")
+    ax.set_ylabel("the teacher's nats a token for them (less: better)")
+    ax.legend(fontsize=8)
+    return figure

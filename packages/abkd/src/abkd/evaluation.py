@@ -1,14 +1,22 @@
 """Scores of generated answers: ROUGE-L as the paper's tables have it, and exact match."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from abkd.divergence import divergence
 from shared_core.errors import InputError, MissingExtraError
 
-__all__ = ["exact_match", "final_answer", "generate", "prompts_and_references", "rouge_l"]
+__all__ = [
+    "compare",
+    "exact_match",
+    "final_answer",
+    "generate",
+    "prompts_and_references",
+    "rouge_l",
+]
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[float]:
@@ -99,6 +107,55 @@ def prompts_and_references(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str]
     if not prompts:
         raise InputError("the data have no rows")
     return prompts, answers
+
+
+@torch.no_grad()
+def compare(
+    student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], vocab: int | None = None
+) -> dict[str, float]:
+    """How near a student is to its teacher on held-out text, by measures that no loss favours.
+
+    Args:
+        student: A causal language model of transformers; put in eval mode.
+        teacher: Likewise.
+        batches: With ``input_ids``, ``attention_mask`` and ``labels`` (-100 does not count).
+        vocab: Rows of the heads to use; by default those of the smaller.
+
+    Returns:
+        Means over the tokens that count: ``ce`` against the labels, ``fkl``, ``rkl``, ``tv``,
+        ``student_entropy``, ``teacher_entropy``, and ``agreement`` of the most probable tokens.
+
+    Raises:
+        InputError: If no token counts.
+    """
+    student.eval()
+    teacher.eval()
+    sums: dict[str, float] = {}
+    count = 0
+    for batch in batches:
+        inputs = {k: v.to(student.device) for k, v in batch.items() if k != "labels"}
+        labels = batch["labels"][:, 1:].to(student.device)
+        keep = labels != -100
+        if not keep.any():
+            continue
+        logits = [model(**inputs).logits[:, :-1][keep] for model in (student, teacher)]
+        size = vocab or min(x.shape[-1] for x in logits)
+        lq, lp = (x[:, :size].float().log_softmax(-1) for x in logits)
+        found = {
+            "ce": -lq.gather(-1, labels[keep].unsqueeze(-1)).sum(),
+            "fkl": divergence("fkl", lq, lp, reduction="sum"),
+            "rkl": divergence("rkl", lq, lp, reduction="sum"),
+            "tv": divergence("tv", lq, lp, reduction="sum"),
+            "student_entropy": -(lq.exp() * lq).sum(),
+            "teacher_entropy": -(lp.exp() * lp).sum(),
+            "agreement": (lq.argmax(-1) == lp.argmax(-1)).sum(),
+        }
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        count += int(keep.sum())
+    if not count:
+        raise InputError("the held-out text has no token that counts")
+    return {name: value / count for name, value in sums.items()}
 
 
 def generate(

@@ -21,7 +21,7 @@ from abkd._checks import (
     uncompiled,
     wants_grad,
 )
-from abkd.divergence import Terms, chunk_rows, upcast
+from abkd.divergence import chunk_rows, scaled_gradient, upcast
 from abkd.objective import (
     DenseChunk,
     DistillationOutput,
@@ -32,6 +32,7 @@ from abkd.objective import (
     label_gradient,
     prepare,
 )
+from abkd.terms import Terms
 from abkd.vocab import shared_size
 from shared_core.errors import InputError
 
@@ -98,8 +99,10 @@ class _FusedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_loss: Any, by_label: Any, by_lse: Any) -> Any:
         hidden, weight, bias, target, *kept = ctx.saved_tensors
-        factor = 0.0 if by_loss is None else by_loss
-        scaled = [None if g is None else g * factor for g in kept]
+        if by_loss is None:
+            scaled = [None if g is None else torch.zeros_like(g) for g in kept]
+        else:
+            scaled = [None if g is None else scaled_gradient(g, by_loss) for g in kept]
         if by_label is not None or by_lse is not None:
             gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, scaled)
             for at in torch.split(ctx.rows, ctx.chunk):
@@ -317,7 +320,13 @@ def fused_loss(
             teacher,
             objective,
             rows,
-            chunk_rows(chunk_size, head.classes, hidden.device, cpu=1 << 22),
+            # Wide heads want more rows a chunk: each reads and writes the whole head once.
+            chunk_rows(
+                chunk_size,
+                head.classes,
+                hidden.device,
+                cpu=min(1 << 22, max(1 << 20, head.classes * hidden.shape[-1] // 16)),
+            ),
             with_grad,
         )
     wanted = (label_logit, lse) if objective.label_logits else (None, None)

@@ -29,8 +29,9 @@ from abkd._checks import (
     wants_grad,
     warn_no_valid,
 )
-from abkd.divergence import Terms, chunk_rows, divergence_terms, upcast
+from abkd.divergence import chunk_rows, scaled_gradient, upcast
 from abkd.statistics import STATISTICS, TokenStatistics
+from abkd.terms import Terms, divergence_terms
 from shared_core.errors import InputError
 
 __all__ = ["ABDivergenceLoss", "DistillationOutput", "WeightFunction", "distillation_loss"]
@@ -279,13 +280,13 @@ def prepare(
             f"hard_labels={hard_labels!r} needs labels; pass them, or choose 'teacher_argmax'"
         )
     flat = as_rows("labels", labels, shape)
-    valid = torch.ones(shape.numel(), dtype=torch.bool, device=device)
     given = as_rows("mask", mask, shape)
-    if given is not None:
-        valid = valid & given.bool()
+    valid = None if given is None else given.bool()
     if flat is not None:
-        valid = valid & (flat != ignore_index)
-    rows = valid.nonzero().squeeze(-1)
+        counted = flat != ignore_index
+        valid = counted if valid is None else valid & counted
+    # Without a mask all rows count, and an accelerator need not be waited for.
+    rows = torch.arange(shape.numel(), device=device) if valid is None else valid.nonzero()[:, 0]
     if flat is not None:
         check_labels(flat[rows], classes)
     if len(rows) == 0:
@@ -344,7 +345,7 @@ class _PlainLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_loss: Any, by_label: Any, by_lse: Any) -> Any:
         gradient, student, target = ctx.saved_tensors
-        out = torch.zeros_like(gradient) if by_loss is None else gradient * by_loss
+        out = torch.zeros_like(gradient) if by_loss is None else scaled_gradient(gradient, by_loss)
         if by_label is not None or by_lse is not None:
             for at in torch.split(ctx.rows, ctx.chunk):
                 extra = label_gradient(upcast(student[at]), target[at], at, by_label, by_lse)

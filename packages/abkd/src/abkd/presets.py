@@ -7,11 +7,12 @@ the authors' README.
 """
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from shared_core.errors import InputError
 
-__all__ = ["PRESETS", "Preset", "get_preset"]
+__all__ = ["PRESETS", "Preset", "get_preset", "launch_files"]
 
 DOLLY = "databricks/databricks-dolly-15k"
 
@@ -22,8 +23,8 @@ class Preset:
 
     Attributes:
         task: ``language``, ``vision`` or ``clip``.
-        teacher: Hub id or architecture.
-        student: Likewise.
+        teacher: Hub id or architecture; ``None`` is fine-tuning on the labels.
+        student: Hub id or architecture.
         data: Hub id of the data.
         alpha: α.
         beta: β.
@@ -41,7 +42,7 @@ class Preset:
     """
 
     task: str
-    teacher: str
+    teacher: str | None
     student: str
     data: str
     alpha: float
@@ -68,7 +69,7 @@ _LANGUAGE: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "lr_scheduler_type": "cosine",
     "max_prompt": 256,
-    "pretraining_mix": "Skylion007/openwebtext, weight 1 (not run here)",
+    "pretrain_data": "Skylion007/openwebtext",
     "evaluation": "ROUGE-L, T=1, seeds 10, 20, 30, 40, 50",
 }
 _GPT2: dict[str, Any] = {
@@ -77,6 +78,20 @@ _GPT2: dict[str, Any] = {
     "data": DOLLY,
     "alpha": 0.2,
     "beta": 0.7,
+}
+_SFT: dict[str, Any] = {
+    "task": "language",
+    "teacher": None,
+    "data": DOLLY,
+    "alpha": 0.0,
+    "beta": 0.0,
+    "kd_weight": 0.0,
+    "ce_weight": 1.0,
+    "more": {k: v for k, v in _LANGUAGE.items() if k != "pretrain_data"},
+}
+_SFT_LLAMA: dict[str, Any] = {
+    **_SFT,
+    "more": {**_SFT["more"], "lora": {"r": 16, "lora_alpha": 64, "lora_dropout": 0.1}},
 }
 _CIFAR: dict[str, Any] = {
     "task": "vision",
@@ -89,7 +104,13 @@ _CIFAR: dict[str, Any] = {
     "epochs": 240,
     "alpha": 0.8,
     "beta": 0.3,
-    "more": {"momentum": 0.9, "weight_decay": 5e-4, "steps": [150, 180, 210], "gamma": 0.1},
+    "more": {
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "steps": [150, 180, 210],
+        "gamma": 0.1,
+        "label_column": "fine_label",
+    },
 }
 _PAIRS = {
     "wrn-40-2": ["wrn-16-2", "wrn-40-1"],
@@ -99,7 +120,19 @@ _PAIRS = {
     "vgg13": ["vgg8"],
 }
 
+_ASSUMED = {"assumed": "α and β are those of the plain loss; the paper's are not stated"}
+
 PRESETS: dict[str, Preset] = {
+    "gpt2-xl-dolly-sft": Preset(
+        student="openai-community/gpt2-xl", lr=5e-5, batch_size=2, epochs=10, **_SFT
+    ),
+    "gpt2-small-dolly-sft": Preset(student="openai-community/gpt2", lr=5e-4, epochs=3, **_SFT),
+    "openllama-7b-dolly-sft": Preset(
+        student="openlm-research/open_llama_7b_v2", batch_size=4, **_SFT_LLAMA
+    ),
+    "openllama-3b-dolly-sft": Preset(
+        student="openlm-research/open_llama_3b_v2", batch_size=8, **_SFT_LLAMA
+    ),
     "gpt2-small-dolly": Preset(
         student="openai-community/gpt2",
         more=_LANGUAGE,
@@ -137,7 +170,10 @@ PRESETS: dict[str, Preset] = {
         0.7,
         lr=5e-5,
         epochs=3,
-        more={**_LANGUAGE, "assumed": "learning rate and epochs are not published"},
+        more={
+            **{k: v for k, v in _LANGUAGE.items() if k != "pretrain_data"},
+            "assumed": "learning rate and epochs are not published",
+        },
     ),
     **{
         f"cifar100-{teacher}-{student}": Preset(teacher=teacher, student=student, **_CIFAR)
@@ -157,17 +193,47 @@ PRESETS: dict[str, Preset] = {
             "ce_weight": 0.1,
         },
     ),
+    "cifar100-dkd-resnet56-resnet20": Preset(
+        teacher="resnet56",
+        student="resnet20",
+        criterion="dkd",
+        **{
+            **_CIFAR,
+            "temperature_power": 2.0,
+            "kd_weight": 1.0,
+            "more": {**_CIFAR["more"], "warmup_epochs": 20, "non_target_weight": 8.0, **_ASSUMED},
+        },
+    ),
+    "cifar100-ttm-resnet56-resnet20": Preset(
+        teacher="resnet56",
+        student="resnet20",
+        criterion="ttm",
+        **{
+            **_CIFAR,
+            "temperature": 1.0,
+            "kd_weight": 1.0,
+            "more": {**_CIFAR["more"], "exponent": 0.1, **_ASSUMED},
+        },
+    ),
     "clip-base-to-new": Preset(
         "clip",
-        "ViT-L-14 (openai, PromptSRC prompts)",
-        "ViT-B-16 (openai)",
+        "ViT-L-14",
+        "ViT-B-16",
         "11 data sets, base and new classes",
         0.8,
         0.4,
         kd_weight=100.0,
         lr=1e-4,
         batch_size=8,
-        more={"grid": "α 0.5 to 1.2, α+β 1.0 to 1.3", "optimizer": "SGD, cosine, 1 warm-up epoch"},
+        more={
+            "student_weights": "openai",
+            "teacher_weights": "openai",
+            "prompts": 4,
+            "depth": 9,
+            "grid": "α 0.5 to 1.2, α+β 1.0 to 1.3",
+            "optimizer": "SGD, cosine, 1 warm-up epoch at 1e-5",
+            "teacher_prompts": "the authors' teacher has PromptSRC prompts of the base classes",
+        },
     ),
 }
 
@@ -185,3 +251,14 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise InputError(f"no preset is called {name!r}; accepted: {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def launch_files() -> dict[str, Path]:
+    """The files for ``accelerate launch --config_file`` that come with the package.
+
+    Example:
+        >>> sorted(launch_files())
+        ['ddp', 'fsdp2', 'zero1', 'zero2', 'zero3']
+    """
+    folder = Path(__file__).parent / "launch"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -12,10 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from abkd._checks import IGNORE_INDEX, check_choice, check_floating
-from abkd.divergence import Terms, upcast
+from abkd.divergence import upcast
 from abkd.fused import Head, fused_loss
 from abkd.objective import DistillationOutput, TeacherChunk, plain_loss
 from abkd.statistics import TokenStatistics
+from abkd.terms import Terms
 from shared_core.errors import InputError
 
 __all__ = ["sparse_ab_divergence", "sparse_distillation_loss"]

@@ -1,17 +1,31 @@
 """A distillation run in a folder: load, train, save, and go on after an interruption."""
 
 import contextlib
+import hashlib
 import json
 import sys
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from abkd.presets import get_preset
 from shared_core.errors import InputError
 from shared_core.run import RunFolder, write_json
 
-__all__ = ["TrainSettings", "load_causal_lm", "load_examples", "load_tokenizer", "train"]
+if TYPE_CHECKING:
+    from abkd.trainer import DistillationConfig
+
+__all__ = [
+    "TrainSettings",
+    "load_causal_lm",
+    "load_examples",
+    "load_tokenizer",
+    "train",
+    "trainer_arguments",
+]
 
 MARK = "complete.json"
 
@@ -22,7 +36,8 @@ class TrainSettings:
 
     Args:
         student: Hub id or folder of a causal language model.
-        teacher: Likewise; ``None`` with data that `abkd.capture` wrote.
+        teacher: Likewise; ``None`` with data that `abkd.capture` wrote, or for plain fine-tuning
+            (`kd_weight` 0, `ce_weight` 1).
         data: ``pydoc``, a file or folder, or a hub id.
         divergence: One of `abkd.DIVERGENCES`.
         alpha: α.
@@ -44,6 +59,11 @@ class TrainSettings:
         lora_r: Rank of LoRA adapters; 0 trains all weights.
         bf16: Mixed precision.
         fused: See `abkd.trainer.DistillationConfig`.
+        max_prompt_length: Longer prompts lose their beginning.
+        pretrain_data: Plain text mixed in, named like `data`.
+        pretrain_weight: Weight of its cross-entropy.
+        on_policy_fraction: Share of micro-batches with responses of the student's own.
+        max_new_tokens: Length of such a response.
         seed: Seed of order and initialisation.
     """
 
@@ -70,6 +90,11 @@ class TrainSettings:
     lora_r: int = 0
     bf16: bool = False
     fused: bool = True
+    max_prompt_length: int | None = None
+    pretrain_data: str | None = None
+    pretrain_weight: float = 1.0
+    on_policy_fraction: float = 0.0
+    max_new_tokens: int = 128
     seed: int = 0
 
     @classmethod
@@ -85,10 +110,7 @@ class TrainSettings:
         """
         preset = get_preset(name)
         if preset.task != "language":
-            raise InputError(
-                f"{name} is a run of {preset.task}, which this command does not train; its "
-                "settings are there for abkd.vision (see abkd presets --json)"
-            )
+            raise InputError(f"{name} is a run of {preset.task}, not of language models")
         settings = cls(
             preset.student,
             preset.teacher,
@@ -104,6 +126,8 @@ class TrainSettings:
             epochs=float(preset.epochs),
             max_length=preset.max_length,
             lora_r=preset.more.get("lora", {}).get("r", 0),
+            max_prompt_length=preset.more.get("max_prompt"),
+            pretrain_data=preset.more.get("pretrain_data"),
         )
         return replace(settings, **changes)
 
@@ -177,20 +201,51 @@ def _instruction(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": prompt, "completion": row["response"]}
 
 
+def trainer_arguments(
+    settings: TrainSettings, folder: Path, device: str, **more: Any
+) -> "DistillationConfig":
+    """The settings as arguments of the trainer."""
+    from abkd.trainer import DistillationConfig
+
+    same = {
+        name: getattr(settings, name)
+        for name in (
+            *("divergence", "alpha", "beta", "temperature", "temperature_power", "kd_weight"),
+            *("ce_weight", "weight_decay", "max_grad_norm", "lr_scheduler_type", "max_steps"),
+            *("max_length", "bf16", "fused", "seed", "max_prompt_length", "pretrain_weight"),
+            *("on_policy_fraction", "max_new_tokens"),
+        )
+    }
+    return DistillationConfig(
+        str(folder),
+        **same,
+        learning_rate=settings.lr,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        use_cpu=device == "cpu",
+        report_to="none",
+        dataloader_pin_memory=False,
+        **more,
+    )
+
+
 def train(
     settings: TrainSettings, out: Path, device: str = "auto", *, resume: bool = False
 ) -> dict[str, Any]:
     """Run a distillation and leave the student in ``out/student``.
 
     Checkpoints are in ``out/checkpoints``; one counts only once it has been written whole, so a
-    run killed at any moment goes on from the last whole one and ends in the same numbers.
+    run killed at any moment goes on from the last whole one and ends in the same numbers. One whose
+    files have changed since is passed over, with a warning, for the one before.
 
     Raises:
-        InputError: If something cannot be loaded, or the folder holds another run.
+        InputError: If something cannot be loaded, the folder holds another run, or all its
+            checkpoints are damaged.
     """
     import transformers
 
-    from abkd.trainer import DistillationConfig, DistillationTrainer
+    from abkd.trainer import DistillationTrainer
 
     checkpoints = out / "checkpoints"
     found = list(checkpoints.glob("checkpoint-*"))
@@ -207,27 +262,18 @@ def train(
     tokenizer = load_tokenizer(settings.student)
     teacher = load_causal_lm(settings.teacher) if settings.teacher else None
     theirs = load_tokenizer(settings.teacher) if settings.teacher else None
-    args = DistillationConfig(
-        str(checkpoints),
-        **{
-            name: getattr(settings, name)
-            for name in (
-                *("divergence", "alpha", "beta", "temperature", "temperature_power", "kd_weight"),
-                *("ce_weight", "weight_decay", "max_grad_norm", "lr_scheduler_type", "max_steps"),
-                *("max_length", "save_steps", "bf16", "fused", "seed"),
-            )
-        },
-        learning_rate=settings.lr,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        num_train_epochs=settings.epochs,
+    args = trainer_arguments(
+        settings,
+        checkpoints,
+        device,
         logging_steps=1,
         save_strategy="steps",
+        save_steps=settings.save_steps,
         save_total_limit=2,
-        use_cpu=device == "cpu",
-        report_to="none",
-        dataloader_pin_memory=False,
     )
+    plain = None
+    if settings.pretrain_data is not None:
+        plain = load_examples(settings.pretrain_data, settings.max_length)
     trainer = DistillationTrainer(
         student,
         teacher,
@@ -236,10 +282,10 @@ def train(
         processing_class=tokenizer,
         teacher_processing_class=theirs,
         peft_config=_lora(settings.lora_r),
+        pretrain_dataset=plain,
         callbacks=[_mark_whole(transformers.TrainerCallback)],
     )
-    whole = [path for path in found if (path / MARK).is_file()]
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    last = _last_intact(found)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log lines to stdout
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.save_model(str(out / "student"))
@@ -249,7 +295,7 @@ def train(
         (out / "log.jsonl").unlink(missing_ok=True)
         for line in history:
             run.log(**line)
-    lines = [line for line in history if "kd" in line]
+    lines = [line for line in history if "kd" in line or "ce" in line]
     metrics = {
         "steps": trainer.state.global_step,
         "first": lines[0] if lines else {},
@@ -285,14 +331,49 @@ def _check_same(settings: TrainSettings, out: Path) -> None:
             )
 
 
+def _digests(folder: Path) -> dict[str, str]:
+    """The BLAKE2 digest of every file of a checkpoint but the mark."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARK):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "blake2b")
+        found[path.relative_to(folder).as_posix()] = digest.hexdigest()[:32]
+    return found
+
+
+def _last_intact(found: list[Path]) -> Path | None:
+    """The latest checkpoint that is whole and unchanged; ``None`` if none was ever whole."""
+    whole = sorted(
+        (path for path in found if (path / MARK).is_file()),
+        key=lambda path: int(path.name.split("-")[1]),
+        reverse=True,
+    )
+    for path in whole:
+        try:
+            expected = json.loads((path / MARK).read_text(encoding="utf-8"))["files"]
+            if expected == _digests(path):
+                return path
+        except (OSError, ValueError, KeyError):
+            pass
+        warnings.warn(f"{path} is damaged and passed over", stacklevel=2)
+    if whole:
+        raise InputError(
+            f"all checkpoints in {whole[0].parent} are damaged; delete them to start again, or "
+            "choose another --out"
+        )
+    return None
+
+
 def _mark_whole(base: type) -> Any:
-    """A callback that marks checkpoints which have been written to the end."""
+    """A callback that marks checkpoints which all processes have written to the end."""
 
     class MarkWhole(base):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             del control, kwargs
+            if args.world_size > 1:
+                torch.distributed.barrier()
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if state.is_world_process_zero and folder.is_dir():
-                write_json(folder / MARK, {"step": state.global_step})
+                write_json(folder / MARK, {"step": state.global_step, "files": _digests(folder)})
 
     return MarkWhole()

@@ -13,6 +13,7 @@ Student and teacher run without their heads; heads and loss are computed togethe
 (`abkd.fused_linear_ab_divergence`). Everything else is the Trainer's own.
 """
 
+import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
+from abkd.cross_entropy import fused_linear_cross_entropy
 from abkd.data import CompletionCollator, tokenize_dataset
-from abkd.divergence import divergence_terms
 from abkd.fused import fused_linear_ab_divergence
 from abkd.objective import DistillationOutput, distillation_loss
+from abkd.rollout import own_responses
 from abkd.sparse import sparse_distillation_loss
+from abkd.terms import divergence_terms
 from abkd.vocab import align_vocab
 from shared_core.errors import InputError, MissingExtraError
 
@@ -55,6 +58,10 @@ class DistillationConfig(TrainingArguments):
         max_length: Longer examples are cut.
         completion_only_loss: Only the completion's tokens count.
         disable_dropout: Set the student's dropout to 0.
+        max_prompt_length: Longer prompts lose their beginning.
+        pretrain_weight: Weight of the cross-entropy on `pretrain_dataset`, if there is one.
+        on_policy_fraction: Share of micro-batches whose responses are drawn from the student.
+        max_new_tokens: Length of such a response.
         topk_tail: What a top-k teacher's unlisted mass is: ``residual``, ``renormalize`` or
             ``ignore`` (see `abkd.sparse.sparse_distillation_loss`).
 
@@ -78,6 +85,10 @@ class DistillationConfig(TrainingArguments):
     max_length: int | None = 512
     completion_only_loss: bool = True
     disable_dropout: bool = True
+    max_prompt_length: int | None = None
+    pretrain_weight: float = 1.0
+    on_policy_fraction: float = 0.0
+    max_new_tokens: int = 128
     topk_tail: str = "residual"
     remove_unused_columns: bool = field(default=False)
 
@@ -118,13 +129,16 @@ class DistillationTrainer(Trainer):
     Args:
         model: The student, a causal language model or the name of one.
         teacher_model: The teacher; ``None`` takes the config's, or the data's top-k columns
-            (``topk_ids``, ``topk_logprobs``; see `abkd.capture`).
+            (``topk_ids``, ``topk_logprobs``; see `abkd.capture`), or none (with ``kd_weight=0`` and
+            a `ce_weight`: plain fine-tuning, as the paper starts its students).
         args: The settings.
         train_dataset: Rows with ``input_ids`` and ``labels``, or ``prompt`` and ``completion``, or
             ``messages``, or ``text``.
         eval_dataset: Likewise.
         processing_class: The tokenizer.
         teacher_processing_class: The teacher's tokenizer, to see that the tokens agree.
+        pretrain_dataset: Plain text mixed in: each micro-batch brings as many rows of it, drawn at
+            random, with their cross-entropy times `pretrain_weight`.
         peft_config: Train adapters only (needs peft).
         options: See `transformers.Trainer`.
 
@@ -146,6 +160,7 @@ class DistillationTrainer(Trainer):
         processing_class: Any = None,
         teacher_processing_class: Any = None,
         peft_config: Any = None,
+        pretrain_dataset: Any = None,
         **options: Any,
     ) -> None:
         args = args or DistillationConfig("runs/abkd/trainer")
@@ -164,10 +179,18 @@ class DistillationTrainer(Trainer):
         if isinstance(teacher_model, str):
             kwargs = args.teacher_init_kwargs or {}
             teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
-        self._check_teacher(model, teacher_model, train_dataset)
+        self._check_teacher(model, teacher_model, train_dataset, args)
+        if args.on_policy_fraction and teacher_model is None:
+            raise InputError("on-policy data need the teacher itself, not its top-k columns")
         prepared = [
-            tokenize_dataset(d, processing_class, args.max_length, args.completion_only_loss)
-            for d in (train_dataset, eval_dataset)
+            tokenize_dataset(
+                data,
+                processing_class,
+                args.max_length,
+                args.completion_only_loss,
+                args.max_prompt_length,
+            )
+            for data in (train_dataset, eval_dataset, pretrain_dataset)
         ]
         pad = getattr(processing_class, "pad_token_id", None)
         options.setdefault(
@@ -200,6 +223,10 @@ class DistillationTrainer(Trainer):
         # The loss is divided by the tokens of the whole step here, so the Trainer must not divide.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.pretrain_dataset = prepared[2]
+        self._pretrain_tokens: Tensor | None = None
+        if args.on_policy_fraction and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise InputError("on-policy data are not drawn from a sharded student; use DDP")
         self._head_checked: set[str] = set()
         self._sums: dict[str, Tensor] = {}
 
@@ -211,6 +238,11 @@ class DistillationTrainer(Trainer):
                 "TrainingArguments"
             )
         divergence_terms(args.divergence, alpha=args.alpha, beta=args.beta, mix=args.mix)
+        if not 0 <= args.on_policy_fraction <= 1:
+            raise InputError(
+                f"on_policy_fraction is {args.on_policy_fraction}; accepted: 0 to 1, the share of "
+                "micro-batches"
+            )
         if args.label_smoothing_factor:
             raise InputError("label_smoothing_factor has no part in this loss; leave it at 0")
         if args.n_gpu > 1:
@@ -220,14 +252,16 @@ class DistillationTrainer(Trainer):
             )
 
     @staticmethod
-    def _check_teacher(model: Any, teacher: Any, data: Any) -> None:
+    def _check_teacher(model: Any, teacher: Any, data: Any, args: DistillationConfig) -> None:
         if teacher is model:
             raise InputError("student and teacher are one model; load the teacher on its own")
         columns = getattr(data, "column_names", None) or list(data[0] if data else ())
-        if teacher is None and "topk_ids" not in columns:
+        hard_only = args.ce_weight and not args.kd_weight
+        if teacher is None and "topk_ids" not in columns and not hard_only:
             raise InputError(
                 "there is no teacher: pass teacher_model, set teacher_model_name_or_path, or give "
-                "data with the columns topk_ids and topk_logprobs (see abkd capture)"
+                "data with the columns topk_ids and topk_logprobs (see abkd capture); for plain "
+                "fine-tuning set kd_weight=0 and ce_weight=1"
             )
 
     def loss_options(self) -> dict[str, Any]:
@@ -263,12 +297,54 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of a step and the number of tokens that count in all of them."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(0, device=self.args.device)
-        for batch in batches:
-            count += (batch["labels"][:, 1:] != -100).sum().to(count.device)
+        for place, batch in enumerate(batches):
+            self._draw_responses(batch, place)
+            if self.pretrain_dataset is not None:
+                batch["pretrain"] = self._pretrain_batch(len(batch["labels"]), place)
+        some = [batch["pretrain"]["labels"] for batch in batches if "pretrain" in batch]
+        counts = [
+            sum((labels[:, 1:] != -100).sum().to(self.args.device) for labels in group)
+            for group in ([batch["labels"] for batch in batches], some)
+        ]
+        count = torch.stack([torch.as_tensor(c, device=self.args.device) for c in counts])
         if self.accelerator.num_processes > 1:
             count = self.accelerator.reduce(count, reduction="sum")
-        return batches, count
+        self._pretrain_tokens = count[1].clamp(min=1)
+        return batches, count[0]
+
+    def _seed_of(self, place: int, *, rank: int | None = None) -> int:
+        """A seed for a micro-batch, the same after a resume; for all processes, or for one."""
+        parts = (self.args.seed, self.state.global_step, place, -1 if rank is None else rank)
+        return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
+
+    def _draw_responses(self, batch: dict[str, Any], place: int) -> None:
+        """With probability `on_policy_fraction`, give the batch the student's own responses."""
+        if not self.args.on_policy_fraction:
+            return
+        drawn = torch.rand((), generator=torch.Generator().manual_seed(self._seed_of(place)))
+        if drawn >= self.args.on_policy_fraction:
+            return
+        tokenizer = self.processing_class
+        found = own_responses(
+            self.accelerator.unwrap_model(self.model),
+            batch,
+            self.data_collator,
+            max_new_tokens=self.args.max_new_tokens,
+            max_length=self.args.max_length,
+            eos_id=getattr(tokenizer, "eos_token_id", None),
+            pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
+            vocab=self.vocab_size,
+            seed=self._seed_of(place, rank=self.args.process_index),
+        )
+        batch.clear()
+        batch.update(found)
+
+    def _pretrain_batch(self, size: int, place: int) -> dict[str, Tensor]:
+        seed = self._seed_of(place, rank=self.args.process_index)
+        g = torch.Generator().manual_seed(seed)
+        data = self.pretrain_dataset
+        rows = [data[i] for i in torch.randint(len(data), (size,), generator=g).tolist()]
+        return {n: t.to(self.args.device) for n, t in self.data_collator(rows).items()}
 
     def compute_loss(
         self,
@@ -280,6 +356,7 @@ class DistillationTrainer(Trainer):
         """The loss of a micro-batch, as its share of the step's mean over tokens."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
+        plain_text = inputs.pop("pretrain", None)
         topk = [inputs.pop(name, None) for name in ("topk_ids", "topk_logprobs")]
         shifted = labels[:, 1:]
         training = model.training and num_items_in_batch is not None
@@ -287,6 +364,13 @@ class DistillationTrainer(Trainer):
             num_items_in_batch if training else (shifted != -100).sum(), device=labels.device
         ).clamp(min=1)
         student = self.run_model(model, inputs, "student")
+        if self.teacher is None and topk[0] is None and not self.args.kd_weight:
+            hard = self._cross_entropy(student, shifted, n_valid)
+            loss = self.args.ce_weight * hard
+            if training:
+                self._add(ce=hard.detach() * n_valid, tokens=(shifted != -100).sum())
+                loss = loss * self.accelerator.num_processes
+            return (loss, {}) if return_outputs else loss
         if self.teacher is None:
             output = self._with_topk(student, topk, shifted, n_valid)
         else:
@@ -294,11 +378,40 @@ class DistillationTrainer(Trainer):
                 teacher = self.run_model(self.teacher.eval(), inputs, "teacher")
             output = self.distil(student, teacher, shifted, n_valid)
         loss = self.assemble_loss(output, shifted)
+        if plain_text is not None:
+            loss = loss + self.args.pretrain_weight * self._pretrain_loss(model, plain_text)
         if training:
             # The processes' gradients are averaged, but n_valid counts the tokens of all.
             loss = loss * self.accelerator.num_processes
             self._remember(output, shifted)
         return (loss, {"logits": shifted.new_zeros(len(labels), 1)}) if return_outputs else loss
+
+    def _pretrain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Cross-entropy of a micro-batch of plain text, as its share of the step's mean."""
+        labels = inputs.pop("labels")[:, 1:]
+        side = self.run_model(model, inputs, "student")
+        assert self._pretrain_tokens is not None
+        loss = self._cross_entropy(side, labels, self._pretrain_tokens)
+        own = (labels != -100).sum()
+        self._add(pretrain_ce=loss.detach() * self._pretrain_tokens, pretrain_tokens=own)
+        return loss
+
+    def _cross_entropy(self, side: ModelSide, labels: Tensor, n_valid: Tensor) -> Tensor:
+        if side.hidden is None:
+            logits = side.all_logits()[:, :-1, : self.vocab_size].float().flatten(0, 1)
+            flat = labels.flatten()
+            return nn.functional.cross_entropy(logits, flat, reduction="sum") / n_valid
+        return fused_linear_cross_entropy(
+            side.hidden[:, :-1],
+            side.head.weight,
+            labels,
+            bias=side.head.bias,
+            softcap=side.softcap,
+            logit_scale=side.scale,
+            vocab=self.vocab_size,
+            n_valid=n_valid,
+            chunk_size=self.args.chunk_size or "auto",
+        )
 
     def prediction_step(
         self,
@@ -415,6 +528,9 @@ class DistillationTrainer(Trainer):
             agree = (seen["student_argmax"] == seen["teacher_argmax"]) & counted
             found["agreement"] = agree.sum()
         found["tokens"] = counted.sum()
+        self._add(**found)
+
+    def _add(self, **found: Tensor) -> None:
         for name, value in found.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
 
@@ -422,6 +538,9 @@ class DistillationTrainer(Trainer):
         """Add means over the tokens since the last line: kd, ce, entropies, top-1 agreement."""
         if "loss" in logs and self._sums:
             tokens = max(float(self._sums.pop("tokens")), 1.0)
+            if "pretrain_ce" in self._sums:
+                own = max(float(self._sums.pop("pretrain_tokens")), 1.0)
+                logs = {**logs, "pretrain_ce": float(self._sums.pop("pretrain_ce")) / own}
             logs = {**logs, **{n: float(v) / tokens for n, v in self._sums.items()}}
             self._sums = {}
         super().log(logs, *args, **kwargs)

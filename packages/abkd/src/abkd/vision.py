@@ -152,6 +152,7 @@ class DistillationLoss(nn.Module):
         temperature: T, if not the default.
         kd_weight: λ, if not the default.
         ce_weight: If not the default (1; 0.1 for ``lsd``).
+        temperature_power: r in the factor T^r of ``ab``: 0 as the paper's, 2 as Hinton's.
         warmup_epochs: DKD's soft term grows linearly over these; see `epoch`.
         options: Further keywords of `dkd_loss` or `ttm_loss`.
 
@@ -176,6 +177,7 @@ class DistillationLoss(nn.Module):
         temperature: float | None = None,
         kd_weight: float | None = None,
         ce_weight: float | None = None,
+        temperature_power: float = 0.0,
         warmup_epochs: int = 20,
         **options: Any,
     ) -> None:
@@ -187,6 +189,7 @@ class DistillationLoss(nn.Module):
         self.temperature = base_temperature if temperature is None else temperature
         self.kd_weight = base_weight if kd_weight is None else kd_weight
         self.ce_weight = (0.1 if criterion == "lsd" else 1.0) if ce_weight is None else ce_weight
+        self.temperature_power = temperature_power
         self.warmup_epochs, self.options = warmup_epochs, options
         self.epoch: int | None = None
         check_temperature(self.temperature)
@@ -201,7 +204,7 @@ class DistillationLoss(nn.Module):
         z, t, a, b, tau = student_logits, teacher_logits, self.alpha, self.beta, self.temperature
         weight = self.kd_weight
         if self.criterion == "ab":
-            soft = ab_divergence(z, t, a, b, temperature=tau)
+            soft = ab_divergence(z, t, a, b, temperature=tau) * tau**self.temperature_power
         elif self.criterion == "kd":
             soft = ab_divergence(z, t, 1.0, 0.0, temperature=tau) * tau**2
         elif self.criterion == "dkd":
@@ -212,4 +215,6 @@ class DistillationLoss(nn.Module):
             soft = lsd_loss(z, t, a, b, temperature=tau)
         else:
             soft = ttm_loss(z, t, a, b, **self.options)
-        return self.ce_weight * F.cross_entropy(z.float(), labels) + weight * soft
+        hard: Tensor = F.cross_entropy(z.float(), labels)
+        total: Tensor = self.ce_weight * hard + weight * soft
+        return total
