@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 
 
@@ -18,3 +16,11 @@ def run(name: str) -> dict[str, Any]:
         # Blank lines in front make a traceback name the tutorial's own line.
         exec(compile("\n" * line + block[1], f"{name}.md", "exec"), names)
     return names
+
+
+def test_every_exit_is_distilled_and_a_learned_policy_decodes() -> None:
+    names = run("early-exit-distillation")
+    assert names["same_tokens"]
+    speedup = names["speedup"]
+    assert speedup["after", "learned policy"] > 1.3
+    assert speedup["after", "learned policy"] > speedup["before", "learned policy"]

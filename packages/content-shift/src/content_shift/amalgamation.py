@@ -212,7 +212,7 @@ class GammaWalk:
 
     Example:
         >>> walk = GammaWalk(); out = Amalgamation(4, 1).eval()(torch.randn(2, 3, 4, 8, 8))
-        >>> float(walk.term(torch.tensor(1.0), out))  # gamma begins at 0
+        >>> float(walk.term(torch.tensor(1.0), out).detach())  # gamma begins at 0
         -0.0
     """
 
