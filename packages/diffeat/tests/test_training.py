@@ -189,10 +189,11 @@ def test_the_head_learns_and_resumes(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     with pytest.raises(InputError, match="give as many"):
         train_segmentation(fx, head, (images, labels[:2]))
+    longer = {**given, "steps": 60}
     found = segment(
-        fx, (images, labels), (images, labels), classes=2, probe="head", channels=16, **given
+        fx, (images, labels), (images, labels), classes=2, probe="head", channels=16, **longer
     )
-    assert found["miou"] > 0.5
+    assert found["miou"] > 0.6
     fx.layers = ["up-level1-repeat0-vit-block0-cross-map"]
     with pytest.raises(InputError, match="not known before"):
         SegmentationHead.of(fx, 2)

@@ -548,9 +548,9 @@ def correspond(
     if method not in ("nn", "conv"):
         raise InputError(f"--method {method}; accepted: nn, conv")
     found_pairs = read_pairs(pairs, split, limit)
-    others = [read_pairs(pairs, train_split), read_pairs(pairs, val_split, val_limit)] * (
-        method == "conv"
-    )
+    others = []
+    if method == "conv":
+        others = [read_pairs(pairs, train_split), read_pairs(pairs, val_split, val_limit)]
     fx = _extractor(model, layers, device, dtype, size, offload)
     options = {
         "prompt": PROMPTS["spair"] if prompt is None else prompt, "alpha": alpha, "seed": seed,
