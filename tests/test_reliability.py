@@ -104,10 +104,10 @@ def whole(folder: Path) -> None:
 
 @every_package
 def test_a_full_disk_ends_a_run_in_one_line(package: str, tmp_path: Path) -> None:
-    def nothing_can_be_written() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    def hardly_anything_can_be_written() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))
 
-    process = start(package, tmp_path / "run", preexec_fn=nothing_can_be_written)
+    process = start(package, tmp_path / "run", preexec_fn=hardly_anything_can_be_written)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 1, err
     assert "Traceback" not in err
@@ -118,7 +118,10 @@ def test_a_full_disk_ends_a_run_in_one_line(package: str, tmp_path: Path) -> Non
 
 @every_package
 def test_ctrl_c_ends_a_run_with_130_and_whole_files(package: str, tmp_path: Path) -> None:
-    process = start(package, tmp_path / "run")
+    def interruptible() -> None:  # a shell starts its background jobs deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = start(package, tmp_path / "run", preexec_fn=interruptible)
     deadline = time.monotonic() + 240
     while not (tmp_path / "run" / "config.json").is_file():
         assert process.poll() is None, process.communicate()
