@@ -347,7 +347,13 @@ def _binaries() -> str:
 
 @nox.session(python=PYTHON, default=False)
 def bench(session: nox.Session) -> None:
-    """Measure the packages beside their peers, into benchmarks/results/ (-- <package>)."""
+    """Measure the packages beside their peers, into benchmarks/results/ (-- <package>).
+
+    Fails where a ratio has become worse than in the results before, by more than noise.
+    """
+    before = Path(session.create_tmp()) / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    shutil.copytree(ROOT / "benchmarks/results", before)
     for package in chosen(session):
         file = Path("benchmarks") / f"{package.module}.py"
         if not (ROOT / file).is_file():
@@ -358,6 +364,7 @@ def bench(session: nox.Session) -> None:
         options = [word for word in session.posargs if word.startswith("-")]
         # -P: the folder of a script named like its package must not shadow the package.
         session.run("python", "-P", str(file), "--out", "benchmarks/results", *options)
+    session.run("python", "benchmarks/compare.py", "--before", str(before), "--page")
 
 
 @nox.session(python=PYTHON)

@@ -60,6 +60,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Methods": [{name: f"methods/{name}.md"} for name in PACKAGES]},
         {"Together": [f"tutorials/{file.name}" for file in sorted(TUTORIALS.glob("*.md"))]},
         {"Command lines": "commands.md"},
+        {"Measured": "measured.md"},
         {
             "API": [
                 {name: [{module: f"api/{module}.md"} for module in public_modules(folder)]}
