@@ -44,7 +44,7 @@ def page_of(target: str) -> str:
         path = folder.relative_to(ROOT).as_posix()
         if target.rstrip("/") in (path, f"{path}/README.md"):
             return f"methods/{name}.md"
-    return TEXTS.get(target, target)
+    return TEXTS.get(target, target.removeprefix("../docs/"))
 
 
 def with_links_to_pages(text: str) -> str:
