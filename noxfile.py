@@ -274,6 +274,15 @@ def lowest(session: nox.Session, package: Package) -> None:
 
 @nox.session(python=PYTHON, default=False)
 @per_package
+def fuzz(session: nox.Session, package: Package) -> None:
+    """Run one package's property tests with twenty times the examples, new ones each time."""
+    sync(session, f"--package={package}", "--all-extras", "--group=test")
+    environment = CPU_ONLY | {"TENFOLD_FUZZ": "20"}
+    pytest(session, package, "-m", "hypothesis and not cuda", env=environment)
+
+
+@nox.session(python=PYTHON, default=False)
+@per_package
 def coverage(session: nox.Session, package: Package) -> None:
     """Measure which lines and branches of one package its own tests reach."""
     sync(session, f"--package={package}", "--all-extras", "--group=test")

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from edge_ood import EdgeLoss, EdgeSchedule, edge_loss, energy_gap, joint_energy
 from edge_ood.loss import tail_size
 from edge_ood.losses import AsymmetricLoss
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
 
 def sample(n, m, c, seed=0, dtype=torch.float64, scale=2.0):
@@ -158,7 +159,7 @@ def test_positives_raise_true_labels_only():
 
 
 @pytest.mark.smoke
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 40), st.floats(-2, 2))
 def test_sorted_equals_pairwise(seed, k, m, margin):
     g = torch.Generator().manual_seed(seed)
@@ -182,7 +183,7 @@ def test_large_gap_in_single_precision():
     )
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(0, 1000))
 def test_order_does_not_matter(seed):
     z, y, oe = sample(9, 7, 5, seed=seed)
