@@ -46,11 +46,11 @@ def _told(what: str, name: str, error: Exception) -> str:
 
 
 def read_rows(source: str, split: str = "train", limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a local ``.jsonl`` or ``.txt`` file (a row per line), or of a hub data set.
+    """Rows of a ``.jsonl`` or ``.txt`` file (a row per line), a folder, or a hub data set.
 
     Raises:
         InputError: If the file is missing, empty or not JSON lines.
-        MissingExtraError: If a hub id is given without the extra ``data``.
+        MissingExtraError: If a folder or a hub id is given without the extra ``data``.
 
     Example:
         >>> path = getfixture("tmp_path") / "rows.jsonl"
@@ -85,19 +85,13 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
 
 
 def _from_hub(source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
+    from shared_core.data.loading import load_rows
+
     try:
-        from datasets import load_dataset
-    except ImportError as error:
+        data = load_rows(source, split=split)
+    except MissingExtraError as error:
         raise MissingExtraError("bridge-garden", "data", "datasets") from error
-    try:
-        data = load_dataset(source, split=split)
-    except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"no data could be loaded from {source!r} ({first[0]}); give a .jsonl or .txt file, or "
-            "a hub id"
-        ) from error
-    return [dict(row) for row in (data if limit is None else data.select(range(limit)))]
+    return [dict(data[i]) for i in range(len(data) if limit is None else min(limit, len(data)))]
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

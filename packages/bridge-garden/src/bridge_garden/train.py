@@ -24,6 +24,8 @@ MARK = "complete.json"
 class TrainSettings:
     """All settings of ``bridge-garden train``.
 
+    Without a teacher, the data is the folder of a captured one (``bridge-garden capture``).
+
     Raises:
         InputError: If teacher, student or data are missing.
 
@@ -39,6 +41,9 @@ class TrainSettings:
     hard_labels: str = "teacher_argmax"
     divergence: str = "fkl"
     risk_alpha: float = 0.0
+    nonfinite: str = "raise"
+    on_policy_fraction: float = 0.0
+    max_new_tokens: int = 512
     lr: float = 5e-5
     epochs: float = 2
     max_steps: int = -1
@@ -56,7 +61,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("teacher", "student", "data"):
-            if not getattr(self, name):
+            captured = name == "teacher" and Path(self.data or "/no").is_dir()
+            if not getattr(self, name) and not captured:
                 raise InputError(f"say which {name}: --{name}, or --preset NAME with --data")
 
     @classmethod
@@ -115,6 +121,9 @@ def train(
         hard_labels=settings.hard_labels,
         divergence=settings.divergence,
         risk_alpha=settings.risk_alpha,
+        nonfinite=settings.nonfinite,
+        on_policy_fraction=settings.on_policy_fraction,
+        max_new_tokens=settings.max_new_tokens,
         learning_rate=settings.lr,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
@@ -150,7 +159,7 @@ def train(
 
     trainer = HybridTrainer(
         settings.student,
-        settings.teacher,
+        settings.teacher or None,
         args,
         train_dataset=rows,
         processing_class=tokenizer,
@@ -181,6 +190,8 @@ def train(
     lines = [line for line in trainer.state.log_history if "loss" in line]
     final = {name: lines[-1].get(name) for name in names} if lines else {}
     metrics = {"steps": trainer.state.global_step, **final}
+    if settings.nonfinite == "skip":
+        metrics["skipped"] = sum(line["skipped"] for line in lines)
     run.write_metrics(metrics, timing={"seconds": time.perf_counter() - started})
     return metrics
 
