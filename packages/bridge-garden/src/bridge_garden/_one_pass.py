@@ -56,7 +56,9 @@ class LabelLogits:
             if self.bias is not None:
                 found = found + self.bias[tokens].to(low).to(high)
             found = found.to(low).to(high) * self.scale
-            return found if self.softcap is None else self.softcap * torch.tanh(found / self.softcap)
+            return (
+                found if self.softcap is None else self.softcap * torch.tanh(found / self.softcap)
+            )
 
 
 class OnePassRisk:

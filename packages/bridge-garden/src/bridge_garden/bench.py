@@ -62,6 +62,7 @@ def measure_losses(
     repeats: int = 5,
     warmup: int = 1,
     seed: int = 0,
+    chunk_size: int | str = "auto",
     device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Seconds and peak memory of each loss with its gradients, on random inputs.
@@ -73,6 +74,7 @@ def measure_losses(
         repeats: Timed rounds.
         warmup: Rounds before.
         seed: Of the inputs.
+        chunk_size: Tokens that our losses compute at once, or ``auto``.
         device: By default the CPU; bfloat16 on a GPU.
 
     Returns:
@@ -103,10 +105,17 @@ def measure_losses(
 
         return run
 
+    def hybrid(risk: Risk | None) -> Tensor:
+        return fused_hybrid_loss(h, W, th, tW, y, risk=risk, chunk_size=chunk_size).loss
+
     losses: dict[str, Callable[[], Tensor]] = {
-        "hybrid": lambda: fused_hybrid_loss(h, W, th, tW).loss,
-        "hybrid_risk": lambda: fused_hybrid_loss(h, W, th, tW, y, risk=Risk(0.1)).loss,
-        "soft": lambda: abkd.fused_linear_ab_divergence(h, W, th, tW, divergence="fkl").loss,
+        "hybrid": lambda: hybrid(None),
+        "hybrid_risk": lambda: hybrid(Risk(0.1)),
+        "soft": lambda: (
+            abkd.fused_linear_ab_divergence(
+                h, W, th, tW, divergence="fkl", chunk_size=chunk_size
+            ).loss
+        ),
         "naive": lambda: naive_hybrid(h, W, th, tW),
         "naive_risk": lambda: naive_hybrid(h, W, th, tW, y, 0.1),
     }
@@ -128,6 +137,7 @@ def measure_losses(
         "tokens": tokens,
         "classes": classes,
         "width": width,
+        "chunk_size": chunk_size,
         "dtype": str(dtype),
         "seconds": seconds,
         "peak_bytes": peaks,

@@ -173,12 +173,13 @@ def plot_strip(tokens: Sequence[str], values: Sequence[float], label: str) -> An
     return figure
 
 
-def strip_html(tokens: Sequence[str], values: Sequence[float]) -> str:
+def strip_html(tokens: Sequence[str], values: Sequence[float], label: str) -> str:
     """The same strip as a page of HTML; hovering shows the value.
 
     Args:
         tokens: The texts of the tokens, escaped.
         values: One per token; NaN stays white.
+        label: What the colour means.
     """
     import math
 
@@ -194,6 +195,6 @@ def strip_html(tokens: Sequence[str], values: Sequence[float]) -> str:
         spans.append(f'<span style="{style}" title="{value:.4f}">{token}</span>')
     body = "".join(spans)
     return (
-        '<!doctype html><meta charset="utf-8"><title>κ</title>'
+        f'<!doctype html><meta charset="utf-8"><title>{label}</title><p>{label}</p>'
         f'<pre style="font-size:16px;white-space:pre-wrap">{body}</pre>\n'
     )
