@@ -273,6 +273,31 @@ def lowest(session: nox.Session, package: Package) -> None:
 
 
 @nox.session(python=PYTHON, default=False)
+@per_package
+def coverage(session: nox.Session, package: Package) -> None:
+    """Measure which lines and branches of one package its own tests reach."""
+    sync(session, f"--package={package}", "--all-extras", "--group=test")
+    session.install("coverage[toml]>=7.6")  # the next sync takes it out again
+    report = RUNS / "coverage" / f"{package}.json"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    data = {"COVERAGE_FILE": str(report.with_suffix(".data")), "COVERAGE_CORE": "ctrace"}
+    session.run(
+        *["coverage", "run", "--branch", f"--source={package.folder}/src", "-m", "pytest"],
+        *[f"{package.folder}/tests", f"{package.folder}/src", "--doctest-modules"],
+        *["-m", "not cuda", *session.posargs],
+        env=CPU_ONLY | data,
+    )
+    session.run("coverage", "json", "--quiet", f"-o{report}", env=data)
+    session.run("coverage", "report", "--skip-covered", env=data)
+
+
+@nox.session(python=PYTHON, default=False, venv_backend="none")
+def audit(session: nox.Session) -> None:
+    """Look the locked versions up among the known vulnerabilities (asks the network)."""
+    session.run("uv", "audit", "--locked", external=True)
+
+
+@nox.session(python=PYTHON, default=False)
 def demo(session: nox.Session) -> None:
     """Run the demos and write the page runs/gallery/index.html (-- --full, -- <package>)."""
     GALLERY.mkdir(parents=True, exist_ok=True)

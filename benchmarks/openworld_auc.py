@@ -1,6 +1,7 @@
 """OpenworldAUC and GMoP's step beside their peers.
 
-Run with ``nox -s bench -- openworld-auc``. Peers:
+Run with ``nox -s bench -- openworld-auc``, or by hand as ``python -P benchmarks/openworld_auc.py``.
+Peers:
 
 - the metric by scikit-learn's ROC curve on Python lists, as the published code computes it: wrong
   samples are moved beyond the other side's scores, then ``roc_curve`` and trapezoids;
@@ -9,12 +10,16 @@ Run with ``nox -s bench -- openworld-auc``. Peers:
 - GMoP's training step restated plainly: each prompt encoded on its own at the full context length,
   zero-shot prompts and both image passes anew in each step. The image tower is the same.
 
+Memory is the peak of the resident size of a fresh process above what it held before the call.
+
 ``--cifar`` tunes prompts of a small CLIP on the CIFAR-10 images that ``TENFOLD_DATA`` names: six
 base classes, four held out. With ``--steps`` it takes as long as there is time for.
 """
 
 import argparse
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ from openworld_auc.backbone import OpenClipBackbone
 from openworld_auc.presets import METHODS
 from openworld_auc.train import TrainConfig, evaluation
 from shared_core.contrastive import WordTokenizer, train_contrastive
-from shared_core.device import environment, measure_time, select_device
+from shared_core.device import environment, measure_time, peak_memory, select_device
 from shared_core.run import write_json
 
 
@@ -92,6 +97,47 @@ def metric(total: int, repeats: int, device: torch.device) -> dict[str, Any]:
         "times_faster_than_roc_curve": timings[1].median / timings[0].median,
         "times_faster_than_numpy": timings[2].median / timings[0].median,
     }
+
+
+def memory_of(which: str, total: int) -> int:
+    """Bytes by which one call raises this process's resident size; for a process of its own."""
+    g = torch.Generator().manual_seed(0)
+    is_base = torch.arange(total) % 2 == 0
+    scores = torch.rand(total, generator=g, dtype=torch.float64)
+    correct = torch.rand(total, generator=g) < 0.75
+    few = slice(0, 100)
+    calls = {
+        "openworld_auc": lambda part: openworld_auc(scores[part], correct[part], is_base[part]),
+        "roc_curve_on_lists": lambda part: by_roc_curve(
+            *(
+                x[part][side].tolist()
+                for side in (is_base[part], ~is_base[part])
+                for x in (scores, correct)
+            )
+        ),
+    }
+    calls[which](few)  # imports and buffers of the first call are no memory of the method
+    with peak_memory() as peak:
+        calls[which](slice(None))
+    return peak.bytes or 0
+
+
+def memory(total: int) -> dict[str, Any]:
+    """Peak memory of the area of `total` samples beside its input, each in a fresh process."""
+    size = total * (8 + 1 + 1)
+    found: dict[str, Any] = {"samples": total, "input_bytes": size, "peak_bytes": {}}
+    for which in ("openworld_auc", "roc_curve_on_lists"):
+        # Every large block is given back and asked for anew, so that the peak is what is in use.
+        shown = subprocess.run(
+            [sys.executable, "-P", __file__, "--memory-of", which, "--samples", str(total)],
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        found["peak_bytes"][which] = int(shown.stdout)
+    found["peak_over_input"] = {n: b / size for n, b in found["peak_bytes"].items()}
+    return found
 
 
 def bootstrap(total: int, draws: int) -> dict[str, Any]:
@@ -179,27 +225,38 @@ def steps(
         loss.backward()
         return loss
 
-    difference = abs(float(ours().detach()) - float(plain().detach()))
-    timings = measure_time(ours, plain, device=device, repeats=repeats, warmup=0)
+    losses: dict[str, float] = {}
+
+    def kept(name: str, step: Any) -> Any:
+        return lambda: losses.update({name: float(step().detach())})
+
+    timings = measure_time(
+        kept("ours", ours), kept("plain", plain), device=device, repeats=repeats, warmup=0
+    )
     return {
         "model": name,
         "classes": classes,
         "batch": batch,
         "repeats": repeats,
-        "difference_of_losses": difference,
+        "loss": losses["plain"],
+        "difference_of_losses": abs(losses["ours"] - losses["plain"]),
         "median_seconds": {"ours": timings[0].median, "plain": timings[1].median},
+        "quartiles": {"ours": timings[0].interval, "plain": timings[1].interval},
         "times_faster": timings[1].median / timings[0].median,
     }
 
 
-def cifar(folder: Path, training_steps: int, seeds: int, device: torch.device) -> dict[str, Any]:
+def cifar(
+    folder: Path, training_steps: int, seeds: int, device: torch.device, epochs: int = 30
+) -> dict[str, Any]:
     """Six base classes, four held out: a small CLIP, then zero-shot, CoOp and GMoP."""
     from open_clip.model import CLIP
 
-    from openworld_auc.demo import MINI_CLIP, summarize
+    from openworld_auc.demo import MINI_CLIP, DemoSettings, summarize
     from openworld_auc.demo import SeedResult as Result
     from shared_core.data.loading import load_images
 
+    settings = DemoSettings()  # rates chosen on the demo's tuning seeds, not here
     train = load_images(folder / "cifar10-train.parquet")
     test = load_images(folder / "cifar10-test.parquet")
     names = train.class_names
@@ -248,21 +305,32 @@ def cifar(folder: Path, training_steps: int, seeds: int, device: torch.device) -
         ):
             tuned = GMoP(backbone, names[:6], config=config).set_classes(names[6:])
             if config.base_prompt == "tuned":
-                recipe = TrainConfig(lr=0.1, epochs=30, seed=seed)
+                lr = settings.lr_coop if name == "CoOp" else settings.lr
+                recipe = TrainConfig(
+                    lr=lr, lr_detector=settings.lr_detector, epochs=epochs, seed=seed
+                )
                 GMoPTrainer(tuned, few, config=recipe).fit()
             found[name] = evaluation(tuned, base, new)
         results.append(Result(found, []))
+    methods = summarize(results)
+    for entry in methods.values():
+        del entry["interval"]  # of independent test images; these are the same for all seeds
     return {
         "data": "CIFAR-10 subset (JPEG), all ten classes named in pretraining",
+        "images": {"train": len(train), "test_base": len(base[1]), "test_new": len(new[1])},
+        "base": names[:6],
+        "new": names[6:],
+        "shots": 16,
+        "epochs": epochs,
         "pretraining_steps": training_steps,
         "seeds": seeds,
-        "methods": summarize(results),
+        "methods": methods,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="ViT-B-16", help="for the training step")
     parser.add_argument("--classes", type=int, default=50)
@@ -270,10 +338,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--note", default="", help="anything to know about the machine")
-    parser.add_argument("--parts", default="metric,bootstrap,training_step")
+    parser.add_argument("--parts", default="metric,memory,bootstrap,training_step")
+    parser.add_argument("--step-repeats", type=int, default=2, help="of the training step")
+    parser.add_argument("--memory-of", help="used by the part memory for its own processes")
+    parser.add_argument("--samples", type=int, default=4_000_000, help="of the part memory")
     parser.add_argument("--cifar", action="store_true")
     parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(memory_of(arguments.memory_of, arguments.samples))
+        return
+    if arguments.out is None:
+        parser.error("--out is required")
     device = select_device(arguments.device)
     tag = device.type
     if arguments.cifar:
@@ -285,9 +361,10 @@ def main() -> None:
     else:
         parts: dict[str, Any] = {
             "metric": lambda: [metric(n, arguments.repeats, device) for n in (10_000, 1_000_000)],
+            "memory": lambda: memory(arguments.samples),
             "bootstrap": lambda: bootstrap(100_000, arguments.draws),
             "training_step": lambda: steps(
-                arguments.model, arguments.classes, arguments.batch, 2, device
+                arguments.model, arguments.classes, arguments.batch, arguments.step_repeats, device
             ),
         }
         found = {part: parts[part]() for part in arguments.parts.split(",")}

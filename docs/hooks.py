@@ -22,6 +22,7 @@ TEXTS = {
 }
 FILES = ["LICENSE", "CITATION.cff"]
 GALLERY = ROOT / "runs" / "gallery"
+TUTORIALS = ROOT / "docs" / "tutorials"
 
 
 def public_modules(package: Path) -> list[str]:
@@ -55,7 +56,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Make the navigation."""
     config.nav = [
         {"Home": "index.md"},
+        {"Which method": "which.md"},
         {"Methods": [{name: f"methods/{name}.md"} for name in PACKAGES]},
+        {"Together": [f"tutorials/{file.name}" for file in sorted(TUTORIALS.glob("*.md"))]},
+        {"Command lines": "commands.md"},
         {
             "API": [
                 {name: [{module: f"api/{module}.md"} for module in public_modules(folder)]}

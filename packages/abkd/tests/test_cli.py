@@ -82,6 +82,7 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.filterwarnings("default:.*is damaged and passed over:UserWarning")
 def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
     pair: list[str], tmp_path: Path, run_cli: Run
 ) -> None:
@@ -225,7 +226,7 @@ def test_the_gsm8k_recipe(
         lines = (tenfold_data / f"gsm8k-{split}.jsonl").read_text().splitlines()[:count]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     options = [*pair[:5], "--data", "train.jsonl", "--max-steps", 2, "--batch-size", 2]
-    options += ["--max-length", 64, "--device", "cpu", "--out", "run", "--json"]
+    options += ["--max-length", 640, "--device", "cpu", "--out", "run", "--json"]
     trained = run_cli(main, *options)
     assert trained.code == 0, trained.stderr
     assert json.loads(trained.stdout)["last"]["kd"] > 0

@@ -82,15 +82,15 @@ def test_the_loss_is_the_divergence_of_the_scores_and_trains_only_what_is_learne
 
 
 def test_it_learns_to_score_like_the_teacher() -> None:
-    one = distiller(kd_weight=1.0)
-    optimizer = torch.optim.Adam(one.learned.parameters(), lr=1e-2)
+    one = distiller(kd_weight=1.0, logit_scale=10.0)
+    optimizer = torch.optim.Adam(one.learned.parameters(), lr=2e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = one(IMAGES)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
 
 
@@ -121,10 +121,6 @@ def test_the_command_trains_and_resumes(folder: Path, run_cli: Run) -> None:
     argv = ["train", "--task", "clip", "--student", f"local-dir:{folder}/student", "--teacher",
             f"local-dir:{folder}/teacher", "--data", folder / "images", "--device", "cpu",
             "--epochs", 3, "--batch-size", 4, "--json"]  # fmt: skip
-    import abkd.clip
-
-    depth = abkd.clip.CLIPSettings.__dataclass_fields__["depth"].default
-    assert depth == 9
     refused = run_cli(main, *argv)  # the tiny tower has three blocks
     assert refused.code == 2
     assert "accepted: 1 prompt or more, in 1 to 3 blocks" in refused.stderr

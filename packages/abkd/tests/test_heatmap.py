@@ -65,7 +65,7 @@ def test_a_search_halves_resumes_and_draws(
     assert second == {(c["alpha"], c["beta"]) for c in ranked[:2]}
     assert found["best"]["ce"] == min(c["ce"] for c in cells if c["round"] == 1)
     assert Path("h/heatmap.png").stat().st_size > 10_000
-    monkeypatch.undo()
+    monkeypatch.setattr(the_heatmap._Trial, "__call__", real)
     whole = run_cli(main, *argv[:-1], "w")
     assert json.loads(whole.stdout)["cells"] == cells
 

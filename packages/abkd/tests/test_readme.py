@@ -11,6 +11,7 @@ README = Path(__file__).parents[1] / "README.md"
 pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 @pytest.mark.skipif(not README.is_file(), reason="the card is beside the source tree only")
 def test_the_code_in_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: list[str]

@@ -132,7 +132,7 @@ def test_the_soft_and_the_hard_term_have_one_denominator() -> None:
     whole = fused_linear_ab_divergence(h, w, th, tw, labels=labels, ce_weight=0.7)
     parts = [
         fused_linear_ab_divergence(
-            h[s], w, th[s], tw, labels=labels[s], ce_weight=0.7, n_valid=4
+            h[s], w, th[s], tw, labels=labels[s], ce_weight=0.7, n_valid=4.0
         ).loss
         for s in (slice(0, 1), slice(1, 6))
     ]

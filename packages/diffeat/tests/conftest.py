@@ -83,36 +83,72 @@ def fx(sd15: nn.Module) -> FeatureExtractor:
     return FeatureExtractor(sd15, scheduler=scheduler, layers="sd15-practical", text=text)
 
 
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real Stable Diffusion pipeline on disk, random and tiny."""
-    folder, unet = tmp_path_factory.mktemp("pipeline"), _tiny("sd15")
+def _text(folder: Path, kind: str = "CLIPTextModel") -> tuple[Any, Any]:
+    """A tiny tokenizer and text tower."""
     transformers = pytest.importorskip("transformers", reason="text towers need transformers")
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-
-    torch.manual_seed(0)
     words = ["<|startoftext|>", "<|endoftext|>", "a", "a</w>", "c</w>"]
     (folder / "vocab.json").write_text(str({w: i for i, w in enumerate(words)}).replace("'", '"'))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = transformers.CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8
     )
-    text = transformers.CLIPTextModel(
+    text = getattr(transformers, kind)(
         transformers.CLIPTextConfig(
-            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
             num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
+            projection_dim=8,
         )
     )  # fmt: skip
-    vae = AutoencoderKL(
+    return tokenizer, text
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.18215,
     )  # fmt: skip
+
+
+def _scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        clip_sample=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real Stable Diffusion pipeline on disk, random and tiny."""
+    folder, unet = tmp_path_factory.mktemp("pipeline"), _tiny("sd15")
+    tokenizer, text = _text(folder)
+    from diffusers import StableDiffusionPipeline
+
+    torch.manual_seed(0)
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            steps_offset=1, clip_sample=False,
-        ), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
+        vae=_vae(), text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder / "pipe")  # fmt: skip
+    return folder / "pipe"
+
+
+@pytest.fixture(scope="session")
+def sdxl_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real SDXL pipeline on disk, random and tiny."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    tokenizer, first = _text(folder)
+    _, second = _text(folder, "CLIPTextModelWithProjection")
+    from diffusers import StableDiffusionXLPipeline
+
+    torch.manual_seed(0)
+    unet = build_topology(
+        "sdxl", device="cpu", **{**SMALL["sdxl"], "cross_attention_dim": 16}
+    )  # two towers, joined
+    StableDiffusionXLPipeline(
+        vae=_vae(), text_encoder=first, text_encoder_2=second, tokenizer=tokenizer,
+        tokenizer_2=tokenizer, unet=unet, scheduler=_scheduler(), add_watermarker=False,
     ).save_pretrained(folder / "pipe")  # fmt: skip
     return folder / "pipe"

@@ -49,7 +49,9 @@ def test_demo_and_what_follows(run_cli: Run, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(
             dataclasses,
             "replace",
-            lambda s, **c: type(s)(**{**c, "steps": 2, "images": 20, "train": 6, "test": 4}),
+            lambda s, **c: type(s)(
+                **{**c, "seeds": 2, "steps": 2, "images": 20, "train": 6, "test": 4}
+            ),
         )
         shown = run_cli(main, "demo", "--quick", "--json", "--out", "demo")
     assert shown.code == 0, shown.stderr

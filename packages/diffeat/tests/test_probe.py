@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffeat import FeatureCache, extract_to_disk, list_activations, rank
+from diffeat import list_activations, rank
 from diffeat.aggregate import HyperAggregation, MultiModel, WeightedSum
 from diffeat.demo import build_extractor, load_backbone, save_backbone, shapes_data
 from diffeat.measure import hf_ratio, locality, noise_ratio, pca_image
@@ -152,37 +152,6 @@ def test_one_pass_ranking_equals_one_activation_at_a_time() -> None:
     assert found == pytest.approx(expected, abs=1e-6)
     with pytest.raises(InputError, match="give as many"):
         rank(fx, (train[0], train[1][:2]), test, classes=4)
-
-
-def test_cache_resumes_with_the_same_bytes(tmp_path: Path) -> None:
-    fx = build_extractor()
-    images = shapes_data(5, "test")[0]
-    samples = [(f"dir/{i}.png", image) for i, image in enumerate(images)]
-    whole = extract_to_disk(fx, samples, tmp_path / "a", batch_size=5, prompt="")
-    for shard in (0, 1):
-        extract_to_disk(fx, samples, tmp_path / "b", batch_size=1, prompt="", shard=(shard, 2))
-    cache, other = FeatureCache(whole), FeatureCache(tmp_path / "b")
-    assert list(cache) == list(other) == [name for name, _ in samples]
-    for name in cache:
-        for layer, value in cache[name].items():
-            torch.testing.assert_close(value, other[name][layer], atol=1e-5, rtol=1e-5)
-    files = sorted((whole / "samples").iterdir())
-    before = [f.read_bytes() for f in files]
-    kept = files[1].stat().st_mtime_ns
-    files[0].unlink()
-    extract_to_disk(fx, samples, whole, batch_size=5, prompt="")
-    assert files[1].stat().st_mtime_ns == kept
-    assert [f.read_bytes() for f in files] == before
-    with pytest.raises(InputError, match="other t"):
-        extract_to_disk(fx, samples, whole, prompt="", t=60)
-    with pytest.raises(InputError, match="only once"):
-        extract_to_disk(fx, [*samples, samples[0]], tmp_path / "c", prompt="")
-    with pytest.raises(InputError, match="shard"):
-        extract_to_disk(fx, samples, tmp_path / "c", prompt="", shard=(2, 2))
-    with pytest.raises(KeyError):
-        cache["nothing"]
-    with pytest.raises(InputError, match="feature folder"):
-        FeatureCache(tmp_path)
 
 
 def test_heads_have_gradients_everywhere_at_once() -> None:

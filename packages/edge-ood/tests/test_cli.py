@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from edge_ood.cli import main
+from edge_ood.scorers import list_scorers
 
 
 def test_help_teaches(run_cli):
@@ -123,6 +124,30 @@ def test_train_score_calibrate_select(run_cli):
     )
     assert shown.code == 0, shown.stderr
     assert "mAP" in shown.stdout
+    # Every score under one harness: those fitted on ID images and ODIN beside those of logits.
+    scored = ["score", "--checkpoint", "run/best", "--features"]
+    shown = run_cli(main, *scored, "--input", "folder:train.csv", "--out", "fit")
+    assert shown.code == 0, shown.stderr
+    for source, out in (("folder:.", "known-all"), ("new", "new-all")):
+        options = ["--scorers", "all", "--fit", "fit", "--out", out, "--json"]
+        shown = run_cli(main, *scored, "--input", source, *options)
+        assert shown.code == 0, shown.stderr
+    assert json.loads(shown.stdout)["scorers"]["joint_energy"]["kept"] is not None
+    shown = run_cli(
+        main,
+        *["eval", "--id-logits", "known-all", "--ood-logits", "new=new-all", "--json"],
+        *["--grid", "0,1"],
+    )
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert set(found["scorers"]) == set(list_scorers())
+    assert found["order_by"] == "train"
+    for entry in found["scorers"].values():
+        assert 0 <= entry["mean"]["auroc"] <= 1
+        assert [row["j"] for row in entry["tail_curve"]] == [0, 1]
+    shown = run_cli(main, *scored, "--input", "new", "--scorers", "knn", "--out", "x")
+    assert shown.code == 2
+    assert "knn has to be fitted" in shown.stderr
     shown = run_cli(main, "score", "--checkpoint", "run/best", "--input", "known/logits.npy")
     assert shown.code == 0, shown.stderr
     for options in (["--recall", 0.8, "--out", "eighty"], ["--scorer", "max_logit", "--out", "ml"]):
@@ -171,7 +196,11 @@ def test_list(run_cli):
         (["demo", "--methods", "adam"], "accepted: bce, edge"),
         (["demo", "--device", "tpu"], "device 'tpu' is not here"),
         (["score", "--checkpoint", "none", "--input", "x.npy"], "not the folder of a detector"),
-        (["score", "--checkpoint", "none", "--input", "x", "--scorer", "knn"], "cannot be used"),
+        (["score", "--checkpoint", "none", "--input", "x", "--scorers", "knn"], "to be fitted"),
+        (
+            ["score", "--checkpoint", "none", "--input", "x.npy", "--scorers", "odin"],
+            "needs images",
+        ),
         (["calibrate", "--checkpoint", "none"], "not the folder of a detector"),
         (["eval", "--id-logits", "no.npy", "--ood-logits", "a=no.npy"], "there is no file"),
         (

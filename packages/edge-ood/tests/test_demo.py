@@ -115,3 +115,12 @@ def test_all_methods_run():
 def test_unknown_methods(methods):
     with pytest.raises(InputError, match="accepted: bce, edge, conf"):
         run_seed(0, methods, SHORT)
+
+
+def test_the_common_first_half_is_trained_once_and_changes_nothing(results):
+    alone = run_seed(0, ["conf"], SHORT, rank_outliers=False).methods["conf"]
+    shared = results[0].methods["conf"]
+    assert alone.history == shared.history
+    assert torch.equal(alone.id_energies, shared.id_energies)
+    assert results[0].methods["edge"].history[0] == shared.history[0]
+    assert results[0].methods["edge"].history[1] != shared.history[1]

@@ -6,11 +6,13 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("torchvision")
 
 import edge_ood.train as training
 from edge_ood import OODDetector
+from edge_ood._shard import shard
 from edge_ood.datasets import MultiLabelImages, UnlabelledImages
 from edge_ood.presets import PRESETS
 from edge_ood.shapes import known_images, outlier_images
@@ -87,7 +89,7 @@ def test_every_loss_trains(loss, tmp_path):
     assert len(detector.class_names) == 20
 
 
-def two(rank, world, folder):
+def two(rank, world, folder, fsdp):
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -107,11 +109,53 @@ def two(rank, world, folder):
         assert (folder / "0" / "best" / "detector.json").is_file()
         assert json.loads((folder / "0" / "metrics.json").read_text())["epochs"] == 1
     assert 0 < metrics["validation_mAP"]["last"] <= 1
+    if fsdp:
+        sharded(folder, dataclasses.replace(settings, epochs=2), rank)
+
+
+def sharded(folder, settings, rank):
+    """FSDP2 gives the run that DDP gives, also when it was interrupted."""
+    settings = dataclasses.replace(settings, optimizer="sgd", lr=0.05)
+    train(settings, RunFolder(folder / f"ddp{rank}"), CPU)
+    settings = dataclasses.replace(settings, fsdp=True)
+    whole = train(settings, RunFolder(folder / f"fsdp{rank}"), CPU)
+    parts = folder / "parts"  # one folder, from which both resume
+    real, calls = training._validate, []
+
+    def stop(run_parts):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(run_parts)
+
+    training._validate = stop
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, RunFolder(parts, resume=True), CPU)
+    training._validate = real
+    dist.barrier()
+    again = train(settings, RunFolder(parts, resume=True), CPU, resume=True)
+    assert again["validation_mAP"]["last"] == pytest.approx(
+        whole["validation_mAP"]["last"], abs=1e-6
+    )
+    if rank == 0:
+        runs = [OODDetector.load(folder / f / "last").model for f in ("ddp0", "fsdp0", "parts")]
+        first, second, third = (model.state_dict() for model in runs)
+        for key, value in first.items():
+            torch.testing.assert_close(second[key], value, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(third[key], second[key], rtol=1e-6, atol=1e-6)
 
 
 def test_two_processes(tmp_path):
     pytest.importorskip("accelerate")
-    run_gloo(two, tmp_path, tmp_path)
+    # FSDP2 needs CPU streams, which torch has had since 2.7 or so.
+    run_gloo(two, tmp_path, tmp_path, hasattr(torch.cpu.Stream(), "record_event"))
+
+
+def test_one_process_cannot_shard(tmp_path):
+    with pytest.raises(InputError, match="torchrun"):
+        train(dataclasses.replace(TINY, fsdp=True), RunFolder(tmp_path), CPU)
+    with pytest.raises(InputError, match="take bfloat16"):
+        shard(torch.nn.Linear(2, 2), 2, torch.float16)
 
 
 def test_presets_are_whole():

@@ -23,7 +23,7 @@ def base(tiny_lm, tmp_path):
 @pytest.fixture
 def trained(base, tiny_gmsa):
     """A compressor on a base that lies on disk, every trained tensor moved."""
-    from gmsa.model import load_causal_lm
+    from gmsa._backbone import load_causal_lm
 
     model = tiny_gmsa(lm=load_causal_lm(base))
     with torch.no_grad():
@@ -85,6 +85,9 @@ def test_what_is_refused(trained, tiny_lm, tmp_path) -> None:
             GMSAModel.from_pretrained(saved, **options)
 
     load("num_hidden_layers", base_model=tiny_lm(layers=2))
+    load("other weights than the one", base_model=tiny_lm(seed=5))
+    other = GMSAModel.from_pretrained(saved, base_model=tiny_lm(seed=5), check_base=False)
+    assert other.config.encoder_layers == 2
     (saved / "config.json").write_text(json.dumps({**settings, "encoder_layers": 1}))
     load("unexpected encoder.layers.1")
     (saved / "config.json").write_text(json.dumps({**settings, "encoder_layers": 3}))
@@ -110,6 +113,24 @@ def test_the_fingerprint_sees_the_base(tiny_lm, tiny_gmsa) -> None:
     assert one == fingerprint(tiny_gmsa(lm=copy.deepcopy(lm)))
     assert one != fingerprint(tiny_gmsa(lm=tiny_lm(seed=7)))
     assert one != fingerprint(tiny_gmsa(lm=copy.deepcopy(lm), encoder_final_norm=False))
+
+
+def test_the_base_is_known_after_rounding_and_fine_tuning(trained, base, tmp_path) -> None:
+    trained.freeze_for_stage("keft", "full")
+    with torch.no_grad():
+        for parameter in trained.decoder.parameters():
+            parameter.add_(0.1)
+    trained.save_pretrained(tmp_path / "saved")
+    again = GMSAModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert again.decoder.dtype == torch.bfloat16
+    assert again.config.base_fingerprint == trained.config.base_fingerprint is not None
+
+
+def test_a_base_beside_the_checkpoint_is_found(trained, tmp_path) -> None:
+    trained.config.base_model_name_or_path = "../base"
+    trained.save_pretrained(tmp_path / "saved")
+    again = GMSAModel.from_pretrained(tmp_path / "saved")
+    assert again.config.base_model_name_or_path == str(tmp_path / "base")
 
 
 def test_a_failed_rename_keeps_the_old_decoder(tmp_path, monkeypatch) -> None:

@@ -268,19 +268,32 @@ def test_dropout_is_on_only_where_something_trains(tiny_gmsa) -> None:
     assert model.decoder.training
 
 
-def test_checkpointed_activations_give_equal_gradients(tiny_gmsa, ragged) -> None:
-    gradients = []
-    for checkpointed in (False, True):
+@pytest.mark.parametrize("part", ["encoder", "decoder", "all"])
+def test_checkpointed_activations_give_equal_gradients(part, tiny_gmsa, ragged) -> None:
+    gradients, runs = [], []
+    for checkpointed in ("none", part):
         model = tiny_gmsa()
-        if checkpointed:
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)()
+        counts = {"encoder": 0, "decoder": 0}
+        blocks = {"encoder": model.encoder.layers[0], "decoder": model.decoder.model.layers[0]}
+        for name, block in blocks.items():
+
+            def count(*_, name=name, counts=counts):
+                counts[name] += 1
+
+            block.self_attn.register_forward_pre_hook(count)
+        model.checkpoint_activations(checkpointed)
         model.train()
         ids, _ = ragged([9, 9])
         model(ids, prompt_ids=ids[:, :2], labels=ids, rate=3).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        runs.append(counts)
+    assert runs[0] == {"encoder": 1, "decoder": 1}
+    # The frozen decoder's activations are recomputed too: gradients go through it.
+    assert runs[1] == {n: 2 if part in (n, "all") else 1 for n in ("encoder", "decoder")}
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+    with pytest.raises(ValueError, match="accepted: none, encoder"):
+        model.checkpoint_activations("half")
 
 
 @torch.no_grad()

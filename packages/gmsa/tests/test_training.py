@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 
 from gmsa import GMSAConfig, GMSAModel
 from gmsa.data import AutoencodingDataset, GMSADataCollator, QADataset
-from gmsa.demo import tiny_compressor, tiny_model
+from gmsa.demo import tiny_compressor
+from gmsa.demo_base import tiny_model
 from gmsa.rates import draw_rate
 from gmsa.trainer import GMSATrainer
 from shared_core.testing import run_gloo

@@ -4,13 +4,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 
 from internet_neg.cli import main
-from internet_neg.demo import DemoSettings, run_seed, tell
+from internet_neg.demo import DemoSettings, order_holds, run_seed, tell
 from internet_neg.mini_clip import build_mini_clip, save_mini_clip
+from shared_core.run import load_state
 from shared_core.testing import CliResult
 
 Run = Callable[..., CliResult]
@@ -47,6 +49,8 @@ def test_demo_writes_a_run_and_score_uses_its_detector(
     assert json.loads(Path("run/config.json").read_text())["command"] == "internet-neg demo"
     for name in ("roc", "hist"):
         assert Path(f"run/{name}.png").stat().st_size > 10_000
+    assert written["order_holds"] in (True, False)
+    assert set(written["conventions"]) == {"FPR95 (ID+)", "FPR95 (OOD+)"}
     weights = Path("run/mini_clip.safetensors").stat().st_mtime_ns
     again = run_cli(main, "demo", "--quick", "--json", "--out", "run", "--seed", 3, "--no-plots")
     assert Path("run/mini_clip.safetensors").stat().st_mtime_ns == weights  # kept
@@ -65,9 +69,36 @@ def test_demo_writes_a_run_and_score_uses_its_detector(
     refused = run_cli(main, "score", "run/detector", "pictures")
     assert (refused.code, refused.stdout) == (2, "")
     assert "pictures/1.png cannot be decoded" in refused.stderr
-    kept = run_cli(main, "score", "run/detector", "pictures", "--skip-bad", "--json", "--no-update")
-    assert len(json.loads(kept.stdout)["images"]) == 2
+    kept = run_cli(
+        main,
+        *["score", "run/detector", "pictures", "--skip-bad", "--json", "--no-update"],
+        *["--out", "scored", "--seed", 7],
+    )
+    found = json.loads(kept.stdout)
+    assert (len(found["images"]), found["seed"]) == (2, 7)
     assert "left out" in kept.stderr
+    written = [json.loads(line) for line in Path("scored/scores.jsonl").read_text().splitlines()]
+    assert written == found["images"]
+
+
+@pytest.mark.filterwarnings("default:only")
+def test_the_full_demo_fails_where_the_order_is_broken(
+    run_cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import internet_neg.demo as the_demo
+
+    monkeypatch.setattr(
+        the_demo,
+        "DemoSettings",
+        lambda **changes: DemoSettings(**{**changes, "steps": 2, "images": 256, "per_set": 16}),
+    )
+    monkeypatch.setattr(the_demo, "order_holds", lambda summary: False)
+    options = ["demo", "--seeds", 1, "--no-plots", "--out", "run"]
+    shown = run_cli(main, *options)
+    assert shown.code == 1
+    assert "before MCM, is broken." in shown.stdout
+    assert "FPR95 (OOD+): known images rejected" in shown.stdout
+    assert run_cli(main, *options, "--quick").code == 0  # too short to tell
 
 
 @pytest.fixture
@@ -80,6 +111,9 @@ def folders(tmp_path: Path) -> None:
             pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
             PIL.Image.fromarray(pixels.numpy()).save(tmp_path / folder / f"{i}.png")
     (tmp_path / "classes.txt").write_text("red star\nblue bar\n")
+    (tmp_path / "twice.txt").write_text("red star\nblue bar\nred star\n")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "label.txt").write_text("ood/0.png 2\n")
     (tmp_path / "words.txt").write_text("ring\nheart\ngear\nblue bar\npink\tadj\n")
 
 
@@ -102,6 +136,15 @@ def test_negatives_then_score(run_cli: Run) -> None:
     scored = run_cli(main, "score", "detector", "ood", "--json")
     assert scored.code == 0, scored.stderr
     assert len(json.loads(scored.stdout)["images"]) == 2
+    np.save("proxies.npy", load_state("detector/detector.safetensors")["proxies"].numpy())
+    for proxies in ("proxies.npy", "detector"):
+        again = run_cli(
+            main,
+            *["negatives", "--model", "model", "--classes", "classes.txt", "--vocab", "words.txt"],
+            *["-M", 3, "--text-only", "--out", "again", "--json", "--proxies", proxies],
+        )
+        assert again.code == 0, again.stderr
+        assert json.loads(again.stdout)["top"] == found["top"]
 
 
 @pytest.mark.usefixtures("folders")
@@ -112,7 +155,8 @@ def test_eval_on_folders(run_cli: Run) -> None:
         *["--vocab", "words.txt", "--methods", "mcm,neglabel", "-M", 2, "--out", "run"],
     )
     assert shown.code == 0, shown.stderr
-    assert "FPR95, OOD positive" in shown.stdout
+    for name in ("FPR95 (ID+)", "FPR95 (OOD+)", "FPR95 (OOD+): known images rejected"):
+        assert name in shown.stdout
     written = json.loads(Path("run/metrics.json").read_text())
     assert list(written["methods"]) == ["mcm", "neglabel"]
     assert Path("run/roc.png").is_file()
@@ -121,11 +165,14 @@ def test_eval_on_folders(run_cli: Run) -> None:
 def test_vocab_and_info(run_cli: Run) -> None:
     assert json.loads(run_cli(main, "vocab", "--json").stdout)["nouns"] == 58_514
     Path("w.txt").write_text("ring\nred\tadj\n")
-    built = run_cli(main, "vocab", "build", "--vocab", "w.txt", "--out", "copy.txt")
+    built = run_cli(main, "vocab", "build", "--vocab", "w.txt", "--out", "copy")
     assert built.code == 0
-    assert Path("copy.txt").read_text() == "ring\tnoun\nred\tadj\n"
+    assert Path("copy/words.txt").read_text() == "ring\tnoun\nred\tadj\n"
     shown = run_cli(main, "info", "--json")
     assert len(json.loads(shown.stdout)["presets"]) == 3
+
+
+FOLDERS = ["--id", "shots", "--id-images", "shots", "--ood", "x=ood", "--vocab", "words.txt"]
 
 
 @pytest.mark.usefixtures("folders", "without_type_checks")
@@ -147,7 +194,17 @@ def test_vocab_and_info(run_cli: Run) -> None:
         (["eval"], "give --preset with --data-root"),
         (["eval", "--preset", "cifar"], "accepted: imagenet-four"),
         (["eval", "--preset", "imagenet-four"], "give --data-root"),
-        (["vocab", "build"], "build needs --out"),
+        (["negatives", "--classes", "twice.txt", "--model", "model"], "'red star' comes twice"),
+        (["negatives", "--classes", "blank.txt", "--model", "model"], "at least one string"),
+        (
+            *[["negatives", "--classes", "classes.txt", "--model", "model", "--proxies", "x.npy"]],
+            "cannot read proxies from x.npy",
+        ),
+        (["score", "absent", "ood", "--threshold", "1.5"], "scores lie in [0, 1]"),
+        (["score", "model", "ood", "--out", "./model"], "is the detector's own folder"),
+        (["eval", *FOLDERS, "--rank-by", "rank"], "accepted: margin, score"),
+        (["eval", *FOLDERS, "--methods", "odin", "--model", "model"], "accepted: mcm"),
+        (["eval", *FOLDERS, "--id", "label.txt", "--model", "model"], "has label 2; accepted: 0"),
         (["vocab", "count"], "accepted: stats, build"),
         (["demo", "--seed", "100", "--steps", "1", "--quick"], "chosen on seed 100"),
         (["demo", "--device", "tpu"], "device 'tpu' is not here"),
@@ -176,10 +233,14 @@ def test_the_demo_tells_its_losses() -> None:
     told = tell(summary, 3)
     assert "InterNeg 90.0 AUROC, 20.0 % FPR95" in told
     assert "behind NegLabel in AUROC on near by 5.0" in told
-    assert "NegLabel in FPR95 on far by 10.0" in told
+    assert "NegLabel in FPR95 (ID+) on far by 10.0" in told
+    assert not order_holds(summary)
     assert "MCM in" not in told
     summary["InterNeg"] = entry(0.99, 0.01)
     assert "not behind on any set" in tell(summary, 1)
+    assert order_holds(summary)
+    summary["MCM"] = entry(0.96, 0.5)
+    assert not order_holds(summary)
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -29,7 +29,6 @@ from internet_neg import (
 )
 from internet_neg.adapters import InterNegOOD
 from shared_core.data.loading import ImageDataset
-from shared_core.testing import run_gloo
 
 Unit = Callable[..., Tensor]
 Make = Callable[..., InterNegDetector]
@@ -303,22 +302,6 @@ def test_the_pytorch_ood_adapter(make_detector: Make, unit: Unit) -> None:
     assert adapter.fit_features(centers, labels).detector is detector
 
 
-def test_text_features_are_kept_on_disk(
-    mini: OpenClipEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from internet_neg._texts import cached_text_features
-
-    first = cached_text_features(mini, ["a star", "a bar"], tmp_path)
-    [file] = tmp_path.glob("*.safetensors")
-    file.write_bytes(b"broken")
-    assert torch.equal(cached_text_features(mini, ["a star", "a bar"], tmp_path), first)
-    monkeypatch.setattr(mini, "encode_text", lambda texts: pytest.fail("computed again"))
-    assert torch.equal(cached_text_features(mini, ["a star", "a bar"], tmp_path), first)
-    monkeypatch.undo()
-    cached_text_features(mini, ["a bar", "a star"], tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
-
-
 def test_calibration_lets_the_share_pass(make_detector: Make, unit: Unit) -> None:
     detector = make_detector(text_only=True)
     v = unit(40, 64)
@@ -442,47 +425,6 @@ assert (np.random.get_state()[1] == states[2]).all()
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-
-
-def _two_ranks(rank: int, world: int, folder: str) -> None:
-    """Each rank scores its part of every batch; bank and scores are those of one process."""
-    import warnings
-
-    warnings.simplefilter("ignore")
-    from internet_neg.mini_clip import build_mini_clip
-
-    mini = build_mini_clip(seed=1)
-    detector = InterNegDetector.from_pretrained(folder, mini).reset()
-    v = torch.load(Path(folder) / "v.pt", weights_only=True)
-    # The second batch is uneven, and in the third only one rank has gated images.
-    cuts = [(0, 4, 8), (8, 9, 16), (16, 20, 24)]
-    for number, (start, middle, end) in enumerate(cuts):
-        mine = v[start:middle] if rank == 0 else v[middle:end]
-        out = detector.predict(features=mine, sync=True)
-        expected = torch.load(Path(folder) / f"out{number}.pt", weights_only=True)
-        part = expected[: middle - start] if rank == 0 else expected[middle - start :]
-        assert torch.allclose(out.score, part, atol=1e-5)
-    bank = torch.load(Path(folder) / "bank.pt", weights_only=True)
-    assert torch.allclose(detector.bank.embeddings, bank["embeddings"], atol=1e-4)
-    assert torch.equal(detector.bank.source_index, bank["source_index"])
-
-
-def test_two_processes_are_one(make_detector: Make, unit: Unit, tmp_path: Path) -> None:
-    detector = make_detector()
-    N, T = detector._N, detector._T
-    v = F.normalize(N[torch.arange(24) % len(N)] + 0.1 * unit(24, 64), dim=-1)
-    # As known as can be: towards the class texts and away from the negatives.
-    v[16:20] = F.normalize(T[:1] - N.mean(0) + 0.02 * v[16:20], dim=-1)
-    detector.save_pretrained(tmp_path)
-    torch.save(v, tmp_path / "v.pt")
-    for number in range(3):
-        out = detector.predict(features=v[8 * number : 8 * number + 8])
-        torch.save(out.score, tmp_path / f"out{number}.pt")
-        if number == 2:
-            assert not out.gated[:4].any()
-            assert out.gated[4:].any()
-    torch.save(detector.bank.state_dict(), tmp_path / "bank.pt")
-    run_gloo(_two_ranks, tmp_path, str(tmp_path))
 
 
 @pytest.mark.cuda

@@ -216,10 +216,31 @@ def test_a_hugging_face_model_from_a_local_folder(tmp_path: Any) -> None:
     assert encoder.encode_text(["a", "a $"]).shape == (2, 512)
 
 
+def test_openais_weights_get_the_activation_they_were_trained_with(
+    mini: OpenClipEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+
+    asked = []
+
+    def create(name: str, **options: Any) -> Any:
+        asked.append((name, options["pretrained"]))
+        return mini.model, None, mini.preprocess
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: mini._tokenizer)
+    with pytest.warns(UserWarning, match="trained with QuickGELU: taking ViT-B-16-quickgelu"):
+        encoder = load_encoder("ViT-B-16", "openai")
+    assert asked == [("ViT-B-16-quickgelu", "openai")]
+    assert encoder.source["model"] == "ViT-B-16-quickgelu"
+    load_encoder("vit-b16")
+    load_encoder("ViT-B-16", "laion2b_s34b_b88k")
+    assert asked[1:] == [("ViT-B-16-quickgelu", "openai"), ("ViT-B-16", "laion2b_s34b_b88k")]
+
+
 @pytest.mark.parametrize(
     ("model", "pretrained", "message"),
     [
-        ("ViT-B-16", "openai", "take ViT-B-16-quickgelu"),
         ("ViT-B-16", None, "which weights for ViT-B-16"),
         ("ViT-Z-99", "openai-quickgelu", "open_clip cannot load 'ViT-Z-99'"),
         ("./no/such/folder", None, "transformers cannot load"),

@@ -1,5 +1,6 @@
 """The protocol: orders, metrics, tables, lists, and a comparison on image files."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from internet_neg import InterNegDetector, InterNegError, MCMDetector, OpenClipEncoder, Vocabulary
-from internet_neg.benchmark import METHODS, Settings, run_benchmark
+from internet_neg import (
+    InterNegDetector,
+    InterNegError,
+    MCMDetector,
+    OODMetrics,
+    OpenClipEncoder,
+    Vocabulary,
+    ood_metrics,
+)
+from internet_neg._inputs import labelled_images, unlabelled_images
+from internet_neg.adapters import InterNegOOD
+from internet_neg.benchmark import METHODS, Settings, prepare_benchmark, run_benchmark
 from internet_neg.evaluate import compare, read_imglist, run_stream, stream_metrics
 from internet_neg.plots import plot_bank, plot_margins, plot_roc
+from internet_neg.presets import BENCHMARKS, ImageList
+from internet_neg.proxies import embed_images
+from shared_core.data.loading import load_images
 from shared_core.metrics import fpr_at_recall
 
 Unit = Callable[..., Tensor]
@@ -75,6 +89,8 @@ def test_id_accuracy_is_that_of_plain_zero_shot(make_detector: Make, unit: Unit)
     assert len(plot_roc(streams, 20).axes) == 2
     assert len(plot_margins(streams, 20).axes) == 4
     assert plot_bank({k: s for k, s in streams.items() if k[0] == "mcm"}) is None
+    growth = plot_bank({("ours", "a"): run_stream(detectors["ours"], known, batch_size=20)})
+    assert [line.get_xdata().tolist() for line in growth.axes[0].lines] == [[0, 20]] * 3
     with pytest.raises(InterNegError, match="at least one set"):
         compare(detectors, known, {})
 
@@ -108,10 +124,10 @@ def test_a_comparison_on_files(
     mini: OpenClipEncoder, image_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = image_folders
-    settings = Settings.from_folders(
+    settings = Settings.from_sources(
         ["red star", "blue bar"],
-        root / "id",
-        root / "shots",
+        str(root / "id"),
+        str(root / "shots"),
         [f"noise={root / 'ood'}"],
         negatives=5,
         groups=1,
@@ -122,42 +138,142 @@ def test_a_comparison_on_files(
     )
     # The untrained model admits no word; what is tested is the way from files to a table.
     monkeypatch.setattr("internet_neg.selection.admissible", _all_admissible)
-    table, streams, n_id = run_benchmark(mini, settings, METHODS, shapes, root / "cache")
-    assert n_id == 6
+    prepared = prepare_benchmark(mini, settings, METHODS, shapes, root / "cache")
+    table, streams = run_benchmark(prepared)
+    assert len(prepared.known) == 6
     assert list(table) == list(METHODS)
     assert len(streams) == 4
     monkeypatch.setattr(mini, "encode_image", lambda pixels: pytest.fail("computed again"))
-    again, _, _ = run_benchmark(mini, settings, METHODS, shapes, root / "cache")
+    again = run_benchmark(prepare_benchmark(mini, settings, METHODS, shapes, root / "cache"))[0]
     assert again == table
     for methods, message in (((), "are missing"), (("odin",), "methods odin; accepted: mcm")):
         with pytest.raises(InterNegError, match=message):
-            run_benchmark(mini, settings, methods, shapes)
-    with pytest.raises(InterNegError, match="rank_by"):
-        run_benchmark(mini, settings, METHODS, shapes, rank_by="rank")
+            prepare_benchmark(mini, settings, methods, shapes)
+    strange = dataclasses.replace(settings, known=(settings.known[0], [0, 1, 2, 0, 1, -1]))
+    with pytest.raises(InterNegError, match="has label 2; accepted: 0 to 1"):
+        prepare_benchmark(mini, strange, METHODS, shapes)
 
 
 def _all_admissible(E: Tensor, *_: Any) -> Tensor:
     return torch.ones(len(E), dtype=torch.bool)
 
 
-def test_presets_read_openoods_lists_and_count_them(tmp_path: Path) -> None:
+def test_presets_read_openoods_lists_and_count_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InterNegError, match="give --data-root"):
         Settings.from_preset("imagenet-near", None)
     folder = tmp_path / "benchmark_imglist" / "imagenet"
     folder.mkdir(parents=True)
-    (folder / "train_imagenet.txt").write_text("a.JPEG 0\n")
-    with pytest.raises(InterNegError, match=r"lists 1 images; the benchmark has 1281167"):
+    (folder / "train_imagenet.txt").write_text("".join(f"a{i}.JPEG 7\n" for i in range(20)))
+    for name in ("test_imagenet", "test_ssb_hard", "test_ninco"):
+        (folder / f"{name}.txt").write_text(f"b/{name}.JPEG {7 if 'imagenet' in name else -1}\n")
+    with pytest.raises(InterNegError, match=r"lists 20 images; the benchmark has 1281167"):
         Settings.from_preset("imagenet-near", tmp_path)
+    near = BENCHMARKS["imagenet-near"]
+
+    def small(part: ImageList, count: int) -> ImageList:
+        return dataclasses.replace(part, count=count)
+
+    shrunk = dataclasses.replace(
+        near,
+        known=small(near.known, 1),
+        train=small(near.train, 20),
+        unknown={name: small(part, 1) for name, part in near.unknown.items()},
+    )
+    monkeypatch.setitem(BENCHMARKS, "imagenet-near", shrunk)
+    found = Settings.from_preset("imagenet-near", tmp_path)
+    images = tmp_path / "images_largescale"
+    assert found.known == ([images / "b/test_imagenet.JPEG"], [7])
+    assert len(found.shots[0]) == 16
+    assert found.unknown["ninco"] == [images / "b/test_ninco.JPEG"]
+    assert (found.transform, found.config.groups, found.batch_size) == ("openood", 1, 256)
+    assert (found.neglabel.negatives, found.neglabel.groups) == (10_000, 100)
+    assert len(found.classnames) == 1000
 
 
-def test_folders_that_are_not_there(image_folders: Path) -> None:
-    root, names = image_folders, ["red star", "blue bar"]
-    options: dict[str, Any] = {"negatives": 5, "groups": 1}
-    for args, message in (
-        ((names, root / "id", root / "shots", ["noise"]), "accepted: NAME=FOLDER"),
-        ((names, root / "id", root / "absent", [f"a={root}/ood"]), "there is no folder"),
-        ((names, root / "id", root / "ood", [f"a={root}/ood"]), "no subfolder of images"),
-        ((["red star"], root / "id", root / "shots", [f"a={root}/ood"]), "none of the class names"),
+def test_metrics_over_batches_and_their_refusals(unit: Unit) -> None:
+    known, unknown = unit(1, 40)[0] + 0.1, unit(1, 30, seed=1)[0]
+    expected = ood_metrics(known, unknown)
+    metric = OODMetrics()
+    for part in (slice(0, 7), slice(7, 70)):
+        scores = torch.cat([known, unknown])[part]
+        metric.update(scores, (torch.arange(70) >= 40)[part])
+    found = {key: value.item() for key, value in metric.compute().items()}
+    assert found == pytest.approx(expected)
+    assert {"fpr95", "fpr95_ood_positive"} <= set(found)
+    broken = known.clone()
+    broken[3] = float("nan")
+    for one, two, message in (
+        (broken, unknown, "1 of 40 ID scores are NaN"),
+        (known, unknown[:0], "no OOD scores"),
+        (known[:0], unknown, "no ID scores"),
     ):
-        with pytest.raises(InterNegError, match=message):
-            Settings.from_folders(*args, **options)
+        with pytest.raises(ValueError, match=message):
+            ood_metrics(one, two)
+    only_known = OODMetrics()
+    only_known.update(known, torch.zeros(40, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no OOD scores"):
+        only_known.compute()
+
+
+def test_pytorch_ood_gives_the_same_mcm_and_metrics(unit: Unit) -> None:
+    detectors = pytest.importorskip("pytorch_ood.detector", reason="pytorch-ood is not installed")
+    from pytorch_ood.metrics import OODMetrics as TheirMetrics
+
+    v, T = unit(60, 16), unit(7, 16, seed=1)
+    ours = MCMDetector(None, [f"class {i}" for i in range(7)]).fit_texts(T)
+    S = InterNegOOD(ours).predict_features(v)
+    theirs = detectors.MCM(None, T).predict_features(v)
+    assert torch.allclose(S.float(), theirs, atol=1e-6)
+    is_ood = torch.arange(60) >= 35
+    metrics = TheirMetrics()
+    metrics.update(S, torch.where(is_ood, -1, 0))
+    found, own = metrics.compute(), ood_metrics(-S[~is_ood], -S[is_ood])
+    assert own["auroc"] == pytest.approx(float(found["AUROC"]), abs=1e-6)
+    assert own["fpr95_ood_positive"] == pytest.approx(float(found["FPR95TPR"]), abs=1e-6)
+
+
+def test_sources_that_are_not_there(image_folders: Path) -> None:
+    root, names = str(image_folders), ["red star", "blue bar"]
+    options: dict[str, Any] = {"negatives": 5, "groups": 1}
+    ood = [f"a={root}/ood"]
+    for args, message in (
+        ((names, f"{root}/id", f"{root}/shots", ["noise"]), "accepted: NAME=FOLDER"),
+        ((names, f"{root}/id", f"{root}/absent", ood), "there is no folder"),
+        ((names, f"{root}/id", f"{root}/ood", ood), "no subfolder of images"),
+        ((["red star"], f"{root}/id", f"{root}/shots", ood), "'blue bar' in .* is none of the cl"),
+        ((names, f"{root}/id", f"{root}/shots", [f"a={root}/absent"]), "no folder or list"),
+        ((names, f"{root}/id", f"{root}/shots", ["a=digits@nowhere"]), "nowhere"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Settings.from_sources(*args, **options)
+
+
+def test_data_sets_are_images_too(mini: OpenClipEncoder, tmp_path: Path) -> None:
+    settings = Settings.from_sources(
+        None, "digits@test[:5]", "digits@train", ["x=digits@test[:3]"], negatives=5, groups=None
+    )
+    assert len(settings.classnames) == 10
+    assert len(settings.shots[0]) == 160
+    images, labels = settings.known
+    features = embed_images(mini, images, cache=(tmp_path, "clip"))
+    pictures = [load_images("digits", split="test")[i] for i in range(5)]
+    assert labels == [label for _, label in pictures]
+    assert torch.allclose(features, embed_images(mini, [image for image, _ in pictures]))
+    again = embed_images(mini, settings.unknown["x"], cache=(tmp_path, "clip"))
+    assert torch.allclose(again, features[:3], atol=1e-6)
+    names = settings.classnames[::-1]  # numbers are those of the class names that were given
+    turned = labelled_images("digits@test[:5]", "test", names)
+    assert turned[1] == [9 - label for label in labels]
+
+
+def test_parquet_files_are_images_too(tenfold_data: Path) -> None:
+    pytest.importorskip("datasets", reason="needs internet-neg[data]")
+    source = str(tenfold_data / "cifar10-test.parquet")
+    images, labels, names = labelled_images(source, "test")
+    assert (len(images), len(set(labels)), names[0]) == (4000, 10, "airplane")
+    assert images[7].read().size == (32, 32)
+    assert len(unlabelled_images(source, "test")) == 4000
+    with pytest.raises(InterNegError, match=r"'bird' in .* is none of the class names"):
+        labelled_images(source, "test", ["airplane", "automobile"])

@@ -1,6 +1,7 @@
 """The same tokens as ``generate``, with fewer layer passes."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -370,6 +371,30 @@ def test_assistant_early_exit_gives_the_same_tokens_with_more_work() -> None:
     ours = decoder.generate(ids, max_new_tokens=24, do_sample=False).sequences
     assert torch.equal(ours, theirs)
     assert work[0] < 0.9 * their_work
+
+
+@pytest.mark.parametrize("kind", ["hooks", "offload"])
+def test_models_spread_over_devices(kind: str, tmp_path: Path) -> None:
+    """Accelerate's hooks around every part, as a device map makes them; and weights on disk."""
+    from accelerate import disk_offload, dispatch_model
+
+    model = tiny_model()
+    ids, mask = prompts()
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    if kind == "hooks":
+        parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+        parts += [f"model.layers.{i}" for i in range(4)]
+        model = dispatch_model(model, dict.fromkeys(parts, "cpu"), force_hooks=True)
+    else:
+        model = disk_offload(model, tmp_path, execution_device="cpu")
+        assert model.model.layers[2].mlp.up_proj.weight.device.type == "meta"
+    decoder = SelfSpeculativeDecoder(
+        model, EXITS, policy=POLICIES["confidence_exit"](), max_draft=5
+    )
+    found = decoder.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(found.sequences, expected)
+    assert found.stats.drafted > 0
 
 
 @pytest.mark.cuda

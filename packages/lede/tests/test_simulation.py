@@ -18,7 +18,7 @@ EXITS = (1, 2, 4)
 
 def fresh(family: str = "llama", end: int | None = None) -> Any:
     model = tiny_model(family, layers=6, vocab=32, dtype=torch.float64)
-    ids = torch.randint(1, 32, (5, 8), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, 32, (4, 8), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     decoder = SelfSpeculativeDecoder(model, EXITS, max_draft=5)
@@ -45,7 +45,7 @@ COST = CostModel.memory_bound(6)
 
 def policies(table: ExperienceTable) -> Sequence[lede.Policy]:
     learned = lede.train_policy(
-        table, COST, lede.TrainConfig(steps=120, refresh=40, batch=128)
+        table, COST, lede.TrainConfig(steps=80, refresh=40, batch=128)
     ).policy
     return [
         learned,

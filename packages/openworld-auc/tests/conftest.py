@@ -1,3 +1,7 @@
+import json
+
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -40,3 +44,38 @@ def tools():
     Tools.case = staticmethod(random_case)
     Tools.split = staticmethod(split)
     return Tools
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A split file with its images, and a tiny open_clip model in a folder."""
+    from open_clip.model import CLIP
+
+    rng = np.random.default_rng(0)
+    split = {"train": [], "val": [], "test": []}
+    (tmp_path / "images").mkdir()
+    for label, name in enumerate(["cat", "dog", "red_fox", "owl"]):
+        for part, count in (("train", 3), ("test", 4)):
+            for i in range(count):
+                file = f"{part}_{label}_{i}.png"
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                PIL.Image.fromarray(pixels).save(tmp_path / "images" / file)
+                split[part].append([file, label, name])
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32},
+        "text_cfg": {
+            "context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1,
+        },
+    }  # fmt: skip
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {}})
+    )
+    torch.manual_seed(0)
+    from safetensors.torch import save_file
+
+    save_file(CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    return tmp_path

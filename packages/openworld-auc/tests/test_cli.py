@@ -5,11 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 
-from openworld_auc import openworld_auc
+from openworld_auc import openworld_auc, openworld_report
 from openworld_auc.cli import main
 from shared_core.testing import CliResult
 
@@ -36,7 +35,7 @@ def test_help_teaches(run_cli: Run) -> None:
 def test_score_reads_the_files_of_any_model(run_cli: Run, tools) -> None:
     case = write_csv("a.csv", tools)
     scores, correct, is_base = case
-    np.savez("a.npz", score=scores, correct=correct, is_base=is_base)
+    np.savez("a.npz", score=scores, correct=correct, is_base=is_base, joint_correct=correct)
     target = torch.arange(len(scores)) % 4
     pred = torch.where(correct, target, target + 1)
     words = ["base" if b else "new" for b in is_base]
@@ -50,6 +49,8 @@ def test_score_reads_the_files_of_any_model(run_cli: Run, tools) -> None:
         found = json.loads(shown.stdout)
         assert found["openworld_auc"] == pytest.approx(float(openworld_auc(*case)), abs=1e-12)
         assert found["low"] < found["openworld_auc"] < found["high"]
+        joint = found["overall_acc_joint"]
+        assert joint == (pytest.approx(float(correct.double().mean())) if ".npz" in name else None)
     folder = Path("runs/openworld-auc/score/a")
     assert (folder / "curve.png").stat().st_size > 5000
     assert json.loads((folder / "metrics.json").read_text())["auroc"] == found["auroc"]
@@ -100,42 +101,7 @@ def test_presets(run_cli: Run) -> None:
     assert "oxford_pets" in run_cli(main, "presets").stdout
 
 
-@pytest.fixture
-def pets(tmp_path):
-    """A split file with its images, and a tiny open_clip model in a folder."""
-    from open_clip.model import CLIP
-
-    rng = np.random.default_rng(0)
-    split = {"train": [], "val": [], "test": []}
-    (tmp_path / "images").mkdir()
-    for label, name in enumerate(["cat", "dog", "red_fox", "owl"]):
-        for part, count in (("train", 3), ("test", 4)):
-            for i in range(count):
-                file = f"{part}_{label}_{i}.png"
-                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-                PIL.Image.fromarray(pixels).save(tmp_path / "images" / file)
-                split[part].append([file, label, name])
-    (tmp_path / "split.json").write_text(json.dumps(split))
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32},
-        "text_cfg": {
-            "context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1,
-        },
-    }  # fmt: skip
-    folder = tmp_path / "clip"
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": {}})
-    )
-    torch.manual_seed(0)
-    from safetensors.torch import save_file
-
-    save_file(CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
-    return tmp_path
-
-
-def test_train_resume_and_eval(run_cli: Run, pets) -> None:
+def test_train_resume_and_eval(run_cli: Run, pets, tools) -> None:
     argv = ["train", "--data", pets / "images", "--split-file", pets / "split.json"]
     argv += ["--backbone", f"local-dir:{pets / 'clip'}", "--shots", 2, "--epochs", 2, "--k", 2]
     shown = run_cli(main, *argv, "--out", "run", "--json", "--device", "cpu")
@@ -155,7 +121,17 @@ def test_train_resume_and_eval(run_cli: Run, pets) -> None:
     assert tested.code == 0, tested.stderr
     summary = json.loads(tested.stdout)
     assert summary["test"]["run"] == pytest.approx(found)
+    assert list(summary) == ["test", "against"]
+    assert list(summary["test"]["run"]) == list(openworld_report(*tools.case(0)).to_dict())
     assert summary["test"]["zeroshot"]["new_acc"] == found["new_acc"]
+    tested = run_cli(main, "eval", "run", "--ci", "bootstrap", "--json", "--device", "cpu")
+    drawn = json.loads(tested.stdout)["test"]["run"]
+    assert drawn["openworld_auc"] == pytest.approx(found["openworld_auc"])
+    assert drawn["low"] != found["low"]
+    tested = run_cli(main, "eval", "run", "--by-class", "--json", "--device", "cpu")
+    assert json.loads(tested.stdout)["test"]["run"]["se"] != drawn["se"]
+    refused = run_cli(main, "eval", "run", "--ci", "exact")
+    assert (refused.code, "--ci is 'exact'" in refused.stderr) == (2, True)
     assert 0 <= summary["against"]["zeroshot"]["p_value"] <= 1
 
 
@@ -177,6 +153,7 @@ def test_train_resume_and_eval(run_cli: Run, pets) -> None:
         (["train", "--data", "x", "--method", "sgd"], "there is no method 'sgd'"),
         (["train", "--data", "x", "--method", "zeroshot"], "trains nothing"),
         (["train", "--data", "x", "--backbone", "ViT-Z"], "open_clip has no model 'ViT-Z'"),
+        (["train", "--data", "x", "--dtype", "int8"], "dtype 'int8' is not known"),
         (["eval", "nowhere"], "not the folder of a finished training run"),
         (["demo", "--device", "tpu"], "device 'tpu' is not here"),
         (["demo", "--seeds", "0"], "--seeds"),

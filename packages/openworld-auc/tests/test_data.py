@@ -70,6 +70,17 @@ def test_split_files(tmp_path) -> None:
     after = data.new.stamps()
     assert after is not None
     assert (after[0], after[1] != before[1]) == (before[0], True)
+    rows = [f"{i}.png,{i},name_{i},{part}" for part in ("train", "test") for i in range(3)]
+    manifest = tmp_path / "split.csv"
+    manifest.write_text("\n".join(["file,label,name,split", *rows]))
+    same = load_openworld_data(
+        str(tmp_path), transform=transform, split_file=manifest, shots=2, base=1
+    )
+    assert (same.base_classes, same.new_classes) == (data.base_classes, data.new_classes)
+    assert (same.new.targets, same.manifest) == (data.new.targets, data.manifest)
+    manifest.write_text("file,label\n0.png,0\n")
+    with pytest.raises(ValueError, match="or csv with columns file, label, name and split"):
+        read_split_file(manifest, tmp_path)
     with pytest.raises(ValueError, match="at least one base and one new"):
         load_openworld_data(str(tmp_path), transform=transform, split_file=path, base=3)
     (tmp_path / "0.png").unlink()

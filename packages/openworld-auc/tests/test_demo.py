@@ -28,6 +28,7 @@ def test_what_each_metric_sees() -> None:
 
 
 @pytest.mark.smoke
+@pytest.mark.filterwarnings("default:the value is")  # two steps teach next to nothing
 def test_a_tiny_run_measures_every_method() -> None:
     backbone = demo.pretrain(TINY)
     result = demo.run_seed(backbone, TINY, 0)

@@ -47,6 +47,13 @@ def test_bootstrap_agrees_with_placements_and_with_itself() -> None:
     assert plain.high - plain.value == pytest.approx(1.959964 * placed.se, rel=1e-6)
 
 
+def test_the_bootstrap_draws_each_domain_apart() -> None:
+    # All samples of a domain are alike: only a draw without one domain could give another value.
+    scores, is_base = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0]), torch.tensor([1, 1, 0, 0, 0]).bool()
+    found = openworld_auc_ci(scores, torch.ones(5).bool(), is_base, method="bootstrap", n_boot=200)
+    assert (found.low, found.high, found.se) == (0.5, 0.5, 0)
+
+
 def test_whole_classes_vary_more_than_samples() -> None:
     # Classes differ in accuracy, so that which classes there are matters.
     g = torch.Generator().manual_seed(0)

@@ -93,32 +93,26 @@ def test_own_edges_take_any_scores(tools) -> None:
     assert bin_edges(torch.tensor([1, 2])).dtype == torch.float64
 
 
-def shards(rank):
+def in_processes(rank, world):
     g = torch.Generator().manual_seed(0)
     scores = torch.randint(20, (101,), generator=g).double() / 20
-    correct = torch.rand(101, generator=g) < 0.7
-    is_base = torch.rand(101, generator=g) < 0.5
-    whole = scores, correct, is_base
-    parts = [slice(0, 30), slice(30, 101), slice(0, 0)]
-    return whole, [tuple(x[p] for x in whole) for p in parts][rank]
-
-
-def in_processes(rank, world):
-    whole, mine = shards(rank)
+    whole = scores, torch.rand(101, generator=g) < 0.7, torch.rand(101, generator=g) < 0.5
     expected = openworld_auc(*whole)
-    for metric in (OpenworldAUC(), OpenworldMetrics()):
-        if len(mine[0]):
-            metric.update(mine[0], mine[2], correct=mine[1])
-        value = metric.compute()
-        assert (value["openworld_auc"] if isinstance(value, dict) else value) == expected
-    binned = OpenworldAUC(bins=torch.linspace(0, 1, 11))
-    if len(mine[0]):
-        binned.update(mine[0], mine[2], correct=mine[1])
-    assert binned.compute() == openworld_auc_binned(*whole, bins=torch.linspace(0, 1, 11)).value
+    edges = torch.linspace(0, 1, 11)
+    for cut in (30, 101):  # unequal shards, then an empty one
+        part = slice(0, cut) if rank == 0 else slice(cut, 101)
+        mine = [x[part] for x in whole]
+        values = []
+        for metric in (OpenworldAUC(), OpenworldMetrics(), OpenworldAUC(bins=edges)):
+            if len(mine[0]):
+                metric.update(mine[0], mine[2], correct=mine[1])
+            values.append(metric.compute())
+        assert values[0] == values[1]["openworld_auc"] == expected
+        assert values[2] == openworld_auc_binned(*whole, bins=edges).value
 
 
 def test_processes_with_unequal_and_empty_shards(tmp_path) -> None:
-    run_gloo(in_processes, tmp_path, world=3)
+    run_gloo(in_processes, tmp_path)
 
 
 @pytest.mark.usefixtures("without_type_checks")

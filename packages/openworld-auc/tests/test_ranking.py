@@ -153,6 +153,37 @@ def test_a_million_samples_are_counted_in_integers() -> None:
     assert float(value) == (n + 1) / (2 * n)
 
 
+def test_a_million_samples_agree_with_every_pair() -> None:
+    g = torch.Generator().manual_seed(0)
+    is_base = torch.arange(1_000_000) < 600
+    scores = torch.randn(1_000_000, generator=g) + is_base
+    correct = torch.rand(1_000_000, generator=g) < 0.7
+    correct[:2] = True
+    scores[:2] = scores[-2:]  # some ties
+    s, u = scores[is_base & correct], scores[~is_base & correct]
+    wins = sum(int((one > u).sum()) for one in s)
+    ties = sum(int((one == u).sum()) for one in s)
+    assert ties > 0
+    expected = (wins + ties / 2) / (600 * 999_400)
+    assert abs(float(openworld_auc(scores, correct, is_base)) - expected) < 1e-12
+
+
+def test_half_a_million_on_each_side_agree_with_every_pair_of_levels() -> None:
+    # With 2,000 different scores the double sum is over pairs of scores, counted in integers.
+    g = torch.Generator().manual_seed(1)
+    is_base = torch.arange(1_000_000) % 2 == 0
+    level = torch.randint(2000, (1_000_000,), generator=g)
+    correct = torch.rand(1_000_000, generator=g) < 0.7
+    h_b, h_n = (
+        torch.bincount(level[side & correct], minlength=2000).tolist()
+        for side in (is_base, ~is_base)
+    )
+    twice = sum(h_b[i] * (2 * sum(h_n[:i]) + h_n[i]) for i in range(2000))
+    expected = twice / 2 / 500_000**2
+    found = openworld_auc(level.double() / 7, correct, is_base)
+    assert abs(float(found) - expected) < 1e-12
+
+
 def test_lists_and_arrays() -> None:
     lists = openworld_auc_score([0.9, 0.8, 0.3], [1, 0, 1], [0.6, 0.1], [True, True])
     arrays = openworld_auc_score(

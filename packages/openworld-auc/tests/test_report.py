@@ -58,6 +58,20 @@ def test_overall_accuracy_and_prior(tools) -> None:
     assert many.openworld_auc == pytest.approx(found.openworld_auc)
 
 
+def test_one_classifier_of_all_classes(tools) -> None:
+    _, correct, is_base = case = tools.case(6)
+    joint = correct & (torch.arange(len(correct)) % 3 > 0)
+    found = report(case, joint_correct=joint)
+    assert found.overall_acc_joint == pytest.approx(float(joint.double().mean()))
+    assert found.overall_acc is None
+    b, n = float(joint[is_base].double().mean()), float(joint[~is_base].double().mean())
+    assert report(case, joint_correct=joint, prior=0.2).overall_acc_joint == pytest.approx(
+        0.2 * b + 0.8 * n
+    )
+    with pytest.raises(ValueError, match=r"prior is -1"):
+        report(case, joint_correct=joint, prior=-1.0)
+
+
 def test_thresholds_are_the_best_by_search(tools) -> None:
     for seed in range(20):
         scores, _, is_base = tools.case(seed, levels=12)

@@ -244,7 +244,7 @@ def _report(name: str, error: Exception, arguments: Sequence[str]) -> int:
         # The reader went away; without this the interpreter complains again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         say(f"{name}: the disk is full: {error.filename or error}; files already written are whole")
         return 1
     hint = "" if debug else " (--debug shows the traceback)"

@@ -114,7 +114,7 @@ def fit(
     run: RunFolder | None = None,
     resume: bool = False,
     settings: Any = None,
-) -> list[dict[str, float]]:
+) -> list[dict[str, int | float]]:
     """Train for some epochs, with a checkpoint after each; a resumed run ends in the same numbers.
 
     Args:
@@ -138,7 +138,7 @@ def fit(
     Raises:
         InputError: If the checkpoint is damaged or is one of other settings.
     """
-    history: list[dict[str, float]] = []
+    history: list[dict[str, int | float]] = []
     modules = list(modules)
     if run is not None and resume and run.has_checkpoint:
         state = run.load_checkpoint()

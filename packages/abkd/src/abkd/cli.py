@@ -312,6 +312,10 @@ def _plan(preset: str | None, task: str, changes: dict[str, Any]) -> tuple[Any, 
     for name in changes:
         if name not in kind.__dataclass_fields__:
             raise InputError(f"--{name.replace('_', '-')} has no part in a run of {task}")
+    if task != "language" and "epochs" in changes:
+        if changes["epochs"] != int(changes["epochs"]):
+            raise InputError(f"--epochs is {changes['epochs']}; here it is a whole number")
+        changes["epochs"] = int(changes["epochs"])
     if preset is not None and task == "language":
         return kind.from_preset(preset, **changes), function
     if found is not None:

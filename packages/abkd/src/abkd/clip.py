@@ -339,7 +339,8 @@ def train_clip(
     names = data[0].class_names
     distiller = CLIPDistiller(
         student.visual, teacher.visual, text_features(teacher, tokenizer, names, settings.template),
-        logit_scale=float(teacher.logit_scale.exp()), alpha=settings.alpha, beta=settings.beta,
+        logit_scale=float(teacher.logit_scale.detach().exp()), alpha=settings.alpha,
+        beta=settings.beta,
         temperature=settings.temperature, kd_weight=settings.kd_weight, prompts=settings.prompts,
         depth=settings.depth,
     )  # fmt: skip

@@ -136,6 +136,8 @@ def compare(
         inputs = {k: v.to(student.device) for k, v in batch.items() if k != "labels"}
         labels = batch["labels"][:, 1:].to(student.device)
         keep = labels != -100
+        if not keep.any():
+            continue
         logits = [model(**inputs).logits[:, :-1][keep] for model in (student, teacher)]
         size = vocab or min(x.shape[-1] for x in logits)
         lq, lp = (x[:, :size].float().log_softmax(-1) for x in logits)

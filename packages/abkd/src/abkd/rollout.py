@@ -18,6 +18,7 @@ def own_responses(
     max_length: int | None = None,
     eos_id: int | None = None,
     pad_id: int = 0,
+    vocab: int | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Replace the responses of a batch by samples of a model, at temperature 1 from all tokens.
@@ -33,6 +34,7 @@ def own_responses(
         max_length: Longer rows are cut.
         eos_id: The end-of-text token.
         pad_id: For the padding of prompts.
+        vocab: Tokens that mean something; rows of the head beyond are never drawn.
         seed: Of the draw; torch's generators are left as they were.
     """
     prompts = []
@@ -47,6 +49,8 @@ def own_responses(
     device = batch["input_ids"].device
     tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    rows_of_head = int(model.get_output_embeddings().weight.shape[0])
+    beyond = list(range(rows_of_head if vocab is None else vocab, rows_of_head))
     training = model.training
     devices = [device] if device.type == "cuda" else []
     model.eval()
@@ -63,6 +67,7 @@ def own_responses(
                 top_k=0,
                 pad_token_id=pad_id,
                 eos_token_id=eos_id,
+                suppress_tokens=beyond or None,
             )[:, width:]
     finally:
         model.train(training)

@@ -333,6 +333,7 @@ class DistillationTrainer(Trainer):
             max_length=self.args.max_length,
             eos_id=getattr(tokenizer, "eos_token_id", None),
             pad_id=getattr(tokenizer, "pad_token_id", None) or 0,
+            vocab=self.vocab_size,
             seed=self._seed_of(place, rank=self.args.process_index),
         )
         batch.clear()

@@ -2,10 +2,10 @@
 
 `FeatureExtractor` turns images into named feature maps; `capture` and `Recorder` read activations
 out of any forward pass. Beside them: `diffeat.measure`, `diffeat.probe`, `diffeat.filters`,
-`diffeat.evaluate`, `diffeat.aggregate`, `diffeat.presets`.
+`diffeat.evaluate`, `diffeat.segmentation`, `diffeat.train`, `diffeat.aggregate`, `diffeat.presets`.
 """
 
-from diffeat import aggregate, evaluate, filters, measure, presets, probe
+from diffeat import aggregate, evaluate, filters, measure, presets, probe, segmentation, train
 from diffeat.cache import FeatureCache, extract_to_disk
 from diffeat.capture import Capture, capture
 from diffeat.errors import ActivationNotFound, MapTooLarge, UnsupportedBackbone
@@ -47,6 +47,8 @@ __all__ = [
     "probe",
     "rank",
     "seeded_noise",
+    "segmentation",
+    "train",
 ]
 
 __version__ = "0.1.0"

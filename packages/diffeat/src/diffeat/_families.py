@@ -33,6 +33,11 @@ def family(model: Any) -> str:
     raise UnsupportedBackbone(type(model))
 
 
+def takes_text(model: Any) -> bool:
+    """Whether its forward wants a prompt."""
+    return family(model) not in ("pixel", "dit")
+
+
 def granularity(model: Any) -> int:
     """What the sides of the model's input must be divisible by."""
     model = unwrap(model)
@@ -62,7 +67,7 @@ def arguments(
     kind, batch, device = family(model), x_t.shape[0], x_t.device
     dtype = x_t.dtype if kind in ("sd3", "flux", "hunyuan") else torch.long
     times = torch.full((batch,), time, device=device, dtype=dtype)
-    if kind not in ("pixel", "dit") and embedding is None:
+    if takes_text(model) and embedding is None:
         raise InputError(f"{type(model).__name__} needs a prompt; pass prompt='...'")
     if kind in ("pixel", "dit"):
         wanted = kind == "dit" or _config(model, "num_class_embeds") is not None

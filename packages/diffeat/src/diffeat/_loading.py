@@ -72,13 +72,11 @@ def load_backbone_config(model: str, revision: str | None = None) -> Any:
 
 def native_size(layers: Any, backbone: Any, vae: Any) -> int | None:
     """Side of the images that a preset, or else the model, is made for."""
+    sample = getattr(backbone.config, "sample_size", None)
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     if isinstance(layers, str) and layers in PRESETS:
         preset = PRESETS[layers]
-        sample = getattr(backbone.config, "sample_size", None)
         # A model that is smaller than the preset's own (a toy) keeps its size.
-        if not isinstance(sample, int) or sample * 8 >= preset.size:
+        if not isinstance(sample, int) or sample * factor >= preset.size:
             return preset.size
-    sample = getattr(backbone.config, "sample_size", None)
-    if not isinstance(sample, int):
-        return None
-    return sample * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
+    return sample * factor if isinstance(sample, int) else None

@@ -33,15 +33,30 @@ app = new_app(
 Model = Annotated[
     str, typer.Option("--model", help="Hub id, pipeline folder, demo folder, or a short name.")
 ]
+PresetModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="The same; several by commas for a combined preset.  [default: the preset's]",
+    ),
+]
 LayersOption = Annotated[
     str, typer.Option("--layers", help="A preset, names or patterns by commas, or a JSON file.")
 ]
 Input = Annotated[Path, typer.Option("--input", help="A folder of images, or one image.")]
 T = Annotated[int, typer.Option("--t", help="Timestep of 1000.", min=0)]
+PresetT = Annotated[
+    int | None,
+    typer.Option("--t", help="Timestep of 1000.  [default: the preset's, else 50]", min=0),
+]
 PromptOption = Annotated[str, typer.Option("--prompt", help="One prompt for all images.")]
 Size = Annotated[int | None, typer.Option("--size", help="Side in pixels; images are resized.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images per forward.", min=1)]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
+Offload = Annotated[
+    str | None,
+    typer.Option("--offload", help="model, sequential or group: weights wait on the CPU."),
+]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -64,20 +79,50 @@ def _images(source: Path) -> list[tuple[str, Any]]:
     return found
 
 
-def _extractor(model: str, layers: str, device: str, dtype: str, size: int | None) -> Any:
+def _extractor(
+    model: str | None,
+    layers: str,
+    device: str,
+    dtype: str,
+    size: int | None,
+    offload: str | None = None,
+) -> Any:
+    import torch
+
+    from diffeat.aggregate import MultiModel
     from diffeat.demo import load_backbone
     from diffeat.extractor import FeatureExtractor
+    from diffeat.presets import COMBINED, PRESETS
     from shared_core.device import select_device, select_dtype
 
     chosen = select_device(device)
+    options: dict[str, Any] = {
+        "dtype": select_dtype(dtype, chosen), "size": size, "offload": offload
+    }  # fmt: skip
+    if layers in COMBINED:
+        devices = [chosen]
+        if device == "auto" and chosen.type == "cuda":  # a model on each GPU
+            devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        models = model.split(",") if model else None
+        return MultiModel.from_pretrained(layers, models, devices=devices, **options)
+    if model is None:
+        if layers not in PRESETS:
+            raise InputError(f"--layers {layers} belongs to no model; give --model")
+        model = PRESETS[layers].topology
     if (Path(model) / "text.safetensors").is_file():
         fx = load_backbone(Path(model))
         fx.layers = layers
         fx.backbone.to(chosen)
         return fx
-    return FeatureExtractor.from_pretrained(
-        model, layers, dtype=select_dtype(dtype, chosen), device=chosen, size=size
-    )
+    return FeatureExtractor.from_pretrained(model, layers, device=chosen, **options)
+
+
+def _call_options(layers: str, t: int | None) -> dict[str, Any]:
+    """Timestep, ensemble and noise of a preset; the timestep given goes before."""
+    from diffeat.presets import PRESETS
+
+    found = PRESETS[layers].call_options() if layers in PRESETS else {"t": 50}
+    return found if t is None else {**found, "t": t}
 
 
 @command(app)
@@ -128,20 +173,34 @@ def presets(as_json: Json = False) -> None:
 @command(app)
 def extract(
     source: Input,
-    model: Model,
     layers: LayersOption,
-    t: T = 50,
+    model: PresetModel = None,
+    t: PresetT = None,
     prompt: PromptOption = "",
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", help="A text file that holds the prompt.")
+    ] = None,
     size: Size = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
+    offload: Offload = None,
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors, npy, or memmap (one array a layer).")
+    ] = "safetensors",
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", help="per-sample or per-layer.  [default: per-sample]"),
+    ] = None,
+    pca: Annotated[
+        int | None, typer.Option("--pca", help="Principal components to keep of each layer.", min=1)
+    ] = None,
     resume: Resume = False,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write the features of a folder of images, one safetensors file an image.
+    """Write the features of a folder of images; diffeat.FeatureCache reads them.
 
     Several GPUs: torchrun --nproc-per-node 4 -m diffeat.cli extract … ; each takes its share.
     """
@@ -150,16 +209,22 @@ def extract(
     from diffeat.cache import extract_to_disk
 
     samples = _images(source)
+    if prompt_file is not None:
+        try:
+            prompt = prompt_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompt-file {prompt_file} cannot be read: {error}") from error
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device == "auto":
         import torch
 
         if torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    fx = _extractor(model, layers, device, dtype, size)
+    fx = _extractor(model, layers, device, dtype, size, offload)
     folder = extract_to_disk(
         fx, samples, out or Path("runs/diffeat/extract"), batch_size=batch_size, prompt=prompt,
-        t=t, seed=seed, resume=resume or world > 1, shard=(rank, world),
+        seed=seed, format=form, layout=layout, pca=pca,  # type: ignore[arg-type]
+        resume=resume or world > 1, shard=(rank, world), **_call_options(layers, t),
     )  # fmt: skip
     summary = {"out": str(folder), "images": len(samples), "layers": list(fx.layers)}
     show_result(summary, f"{folder}: {len(samples)} images", as_json=as_json)
@@ -168,9 +233,9 @@ def extract(
 @command(app)
 def visualize(
     source: Input,
-    model: Model,
     layers: LayersOption,
-    t: T = 50,
+    model: PresetModel = None,
+    t: PresetT = None,
     prompt: PromptOption = "",
     size: Size = None,
     images: Annotated[int, typer.Option("--images", help="At most this many.", min=1)] = 6,
@@ -187,10 +252,10 @@ def visualize(
 
     samples = _images(source)[:images]
     fx = _extractor(model, layers, device, dtype, size)
-    pictures = [image for _, image in samples]
-    found = fx(pictures, prompt, t, seed=seed, ids=[name for name, _ in samples])
+    pictures, options = [image for _, image in samples], _call_options(layers, t)
+    found = fx(pictures, prompt, seed=seed, ids=[name for name, _ in samples], **options)
     run = RunFolder(out or Path("runs/diffeat/visualize"))
-    run.write_config("diffeat visualize", {"model": model, "layers": list(fx.layers), "t": t})
+    run.write_config("diffeat visualize", {"model": model, "layers": list(fx.layers), **options})
     shown = fx.pixels(pictures) / 2 + 0.5
     picture = run.save_figure("pca", plot_pca(shown, {n: pca_image(v) for n, v in found.items()}))
     show_result({"picture": str(picture)}, str(picture), as_json=as_json)
@@ -203,6 +268,7 @@ def measure(
     t: T = 50,
     prompt: PromptOption = "",
     size: Size = None,
+    batch_size: BatchSize = 4,
     dtype: Dtype = "auto",
     out: Out = None,
     seed: Seed = 0,
@@ -216,7 +282,8 @@ def measure(
     from shared_core.run import RunFolder
 
     fx = _extractor(model, "unet-out", device, dtype, size)
-    rows = measure_depth(fx, [i for _, i in _images(source)], t, seed=seed, prompt=prompt)
+    images = [i for _, i in _images(source)]
+    rows = measure_depth(fx, images, t, seed=seed, prompt=prompt, batch_size=batch_size)
     run = RunFolder(out or Path("runs/diffeat/measure"))
     run.write_config("diffeat measure", {"model": model, "t": t, "seed": seed})
     run.write_metrics({"activations": rows})
@@ -238,9 +305,10 @@ def demo(
     quick: Quick = False,
     plots: Plots = True,
 ) -> None:
-    """Train a small diffusion U-Net on shapes, measure all its activations and rank them.
+    """Train small diffusion U-Nets on shapes, measure all their activations and rank them.
 
-    Nothing is downloaded. The trained model stays in OUT/backbone for the other commands.
+    Three seeds, or one with --quick. Nothing is downloaded. The first model stays in OUT/backbone
+    for the other commands.
     """
     import time
     from dataclasses import asdict, replace
@@ -252,25 +320,33 @@ def demo(
     chosen = select_device(device)
     settings = the_demo.DemoSettings()
     if quick:
-        settings = replace(settings, steps=25, images=400, train=40, test=30, timesteps=(50,))
+        settings = replace(
+            settings, seeds=1, steps=50, images=400, train=40, test=30, timesteps=(50,)
+        )
     run = RunFolder(out or Path("runs/diffeat/demo"))
     run.write_config(
         "diffeat demo", {"seed": seed, "device": str(chosen), **asdict(settings)},
         distributions=["diffeat", "diffusers"],
     )  # fmt: skip
     started = time.perf_counter()
-    with progress(total=settings.steps, description="training", unit="step") as bar:
+    runs, first = [], None
+    for number in range(seed, seed + settings.seeds):
+        with progress(total=settings.steps, description="training", unit="step") as bar:
 
-        def told(step: int, loss: float) -> None:
-            run.log(step=step, loss=loss)
-            bar.update()
+            def told(step: int, loss: float, number: int = number, bar: Any = bar) -> None:
+                run.log(seed=number, step=step, loss=loss)
+                bar.update()
 
-        fx = the_demo.train_backbone(settings, seed=seed, device=chosen, progress=told)
-    the_demo.save_backbone(fx, run.path / "backbone")
-    say("measuring and probing")
-    result = the_demo.look_into(fx, settings, seed=seed, device=chosen)
+            fx = the_demo.train_backbone(settings, seed=number, device=chosen, progress=told)
+        say(f"measuring and probing seed {number}")
+        one = settings if first is None else replace(settings, timesteps=(50,))
+        runs.append(the_demo.look_into(fx, one, seed=number, device=chosen))
+        first = first or fx
+    assert first is not None
+    the_demo.save_backbone(first, run.path / "backbone")
+    result = the_demo.combine(runs)
     if plots:
-        for name, figure in the_demo.figures(fx, result, seed).items():
+        for name, figure in the_demo.figures(first, result, seed).items():
             run.save_figure(name, figure)
     metrics = {
         **result,
@@ -292,7 +368,7 @@ def rank(
     labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs, same names.")],
     classes: Annotated[int, typer.Option("--classes", help="Number of classes.", min=2)],
     candidates: Annotated[
-        str, typer.Option("--candidates", help="paper, all, or layers as for extract.")
+        str, typer.Option("--candidates", help="paper, auto, all, or layers as for extract.")
     ] = "all",
     test_share: Annotated[
         float, typer.Option("--test-share", help="Share of images, from the end, to test on.")
@@ -303,6 +379,11 @@ def rank(
     components: Annotated[
         int | None, typer.Option("--components", help="Principal components to compare by.")
     ] = None,
+    kind: Annotated[
+        str, typer.Option("--probe", help="ridge (one pass), or mlp (one candidate at a time).")
+    ] = "ridge",
+    networks: Annotated[int, typer.Option("--networks", help="Of mlp: how many vote.", min=1)] = 10,
+    epochs: Annotated[int, typer.Option("--epochs", help="Of mlp, at most.", min=1)] = 100,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     out: Out = None,
@@ -311,7 +392,7 @@ def rank(
     plots: Plots = True,
     as_json: Json = False,
 ) -> None:
-    """Rank activations by a linear segmentation probe, in one pass and without storing features."""
+    """Rank activations by a segmentation probe, without storing features."""
     from diffeat.plots import plot_ranking
     from diffeat.ranking import load_labelled
     from diffeat.ranking import rank as run_ranking
@@ -322,6 +403,7 @@ def rank(
     rows = run_ranking(
         fx, train, test, classes=classes, candidates=candidates, timesteps=[t], prompt=prompt,
         batch_size=batch_size, components=components, seed=seed,
+        probe=kind, networks=networks, epochs=epochs,  # type: ignore[arg-type]
     )  # fmt: skip
     run = RunFolder(out or Path("runs/diffeat/rank"))
     run.write_config("diffeat rank", {"model": model, "candidates": candidates, "t": t})
@@ -334,44 +416,60 @@ def rank(
 
 @command(app)
 def probe(
-    model: Model,
     layers: LayersOption,
     images: Annotated[Path, typer.Option("--images", help="Folder of training and test images.")],
     labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs, same names.")],
     classes: Annotated[int, typer.Option("--classes", help="Number of classes.", min=2)],
+    model: PresetModel = None,
     kind: Annotated[
-        str, typer.Option("--probe", help="mlp (networks that vote) or ridge.")
+        str, typer.Option("--probe", help="mlp (networks that vote), ridge, or head (many images).")
     ] = "mlp",
-    networks: Annotated[int, typer.Option("--networks", help="How many vote.", min=1)] = 10,
-    epochs: Annotated[int, typer.Option("--epochs", help="Of each, at most.", min=1)] = 100,
+    networks: Annotated[int, typer.Option("--networks", help="Of mlp: how many vote.", min=1)] = 10,
+    epochs: Annotated[int, typer.Option("--epochs", help="Of mlp, at most.", min=1)] = 100,
+    steps: Annotated[int, typer.Option("--steps", help="Of head.", min=1)] = 80_000,
+    channels: Annotated[int, typer.Option("--channels", help="Inside the head.", min=1)] = 512,
     test_share: Annotated[
         float, typer.Option("--test-share", help="Share of images, from the end, to test on.")
     ] = 0.4,
-    t: T = 50,
+    t: PresetT = None,
     prompt: PromptOption = "",
     size: Size = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
+    offload: Offload = None,
+    resume: Resume = False,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Segment from few labelled images with all chosen layers together (DDPM-seg's protocol)."""
+    """Segment from labelled images with all chosen layers together.
+
+    By default DDPM-seg's protocol for few labelled images; with --probe head a convolutional head,
+    trained as the paper does on large data sets.
+    """
     from diffeat.evaluate import segment
     from diffeat.ranking import load_labelled
-    from shared_core.run import RunFolder
+    from shared_core.run import RunFolder, progress
 
-    if kind not in ("mlp", "ridge"):
-        raise InputError(f"--probe {kind}; accepted: mlp, ridge")
-    fx = _extractor(model, layers, device, dtype, size)
+    if kind not in ("mlp", "ridge", "head"):
+        raise InputError(f"--probe {kind}; accepted: mlp, ridge, head")
+    fx = _extractor(model, layers, device, dtype, size, offload)
     train, test = load_labelled(_images(images), labels, fx, test_share)
+    run = RunFolder(out or Path("runs/diffeat/probe"), resume=resume)
+    options = _call_options(layers, t)
+    run.write_config("diffeat probe", {"model": model, "layers": list(fx.layers), **options})
+    if kind == "head":
+        options = {"t": options["t"], "steps": steps, "channels": channels, **_trained(run, 500)}
+        begun = options["state"]["step"] if options["state"] else 0
+        bar = progress(total=steps - begun, description="training the head", unit="step")
+        options["after"] = _with_bar(options["after"], bar)
+    else:
+        options |= {"networks": networks, "epochs": epochs, "batch_size": batch_size}
     found = segment(
-        fx, train, test, classes=classes, probe="ridge" if kind == "ridge" else "mlp",
-        networks=networks, epochs=epochs, prompt=prompt, t=t, batch_size=batch_size, seed=seed,
+        fx, train, test, classes=classes, probe=kind, prompt=prompt, seed=seed,  # type: ignore[arg-type]
+        **options,
     )  # fmt: skip
-    run = RunFolder(out or Path("runs/diffeat/probe"))
-    run.write_config("diffeat probe", {"model": model, "layers": list(fx.layers), "t": t})
     run.write_metrics(found)
     rows = [
         {"class": i, "IoU": "never there" if v is None else f"{v:.4f}"}
@@ -381,40 +479,101 @@ def probe(
     show_result(found, text, as_json=as_json)
 
 
+def _trained(run: Any, every: int) -> dict[str, Any]:
+    """Where to begin, and what to do after each step: log, and save every so often."""
+
+    def after(step: int, loss: float, state: Any) -> None:
+        run.log(step=step, loss=loss)
+        if step % every == 0:
+            run.save_checkpoint(state())
+
+    state = run.load_checkpoint() if run.has_checkpoint else None
+    if state is not None:
+        run.truncate_log(state["step"])
+    return {"state": state, "after": after}
+
+
+def _with_bar(after: Any, bar: Any) -> Any:
+    def told(step: int, loss: float, state: Any) -> None:
+        after(step, loss, state)
+        bar.update()
+
+    return told
+
+
 @command(app)
 def correspond(
-    model: Model,
     layers: LayersOption,
     pairs: Annotated[Path, typer.Option("--pairs", help="Folder laid out as SPair-71k.")],
-    split: Annotated[str, typer.Option("--split", help="Folder of PairAnnotation.")] = "test",
+    model: PresetModel = None,
+    split: Annotated[
+        str, typer.Option("--split", help="Folder of PairAnnotation, or a JSON list of pairs.")
+    ] = "test",
     limit: Annotated[int | None, typer.Option("--limit", help="At most so many.", min=1)] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="nn, or conv: train a convolution first.")
+    ] = "nn",
+    train_split: Annotated[str, typer.Option("--train-split", help="Of conv.")] = "trn",
+    val_split: Annotated[str, typer.Option("--val-split", help="Of conv.")] = "val",
+    val_limit: Annotated[int, typer.Option("--val-limit", help="Of conv, pairs.", min=1)] = 360,
+    epochs: Annotated[int, typer.Option("--epochs", help="Of conv.", min=1)] = 2,
+    steps: Annotated[int, typer.Option("--steps", help="Of conv, an epoch.", min=1)] = 5000,
     alpha: Annotated[float, typer.Option("--alpha", help="Threshold of PCK.", min=0)] = 0.1,
-    t: T = 50,
+    t: PresetT = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="By default the paper's for SPair-71k.")
     ] = None,
     size: Size = None,
     dtype: Dtype = "auto",
+    offload: Offload = None,
+    resume: Resume = False,
     out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Match keypoints of image pairs by nearest neighbours and report PCK."""
+    """Match keypoints of image pairs and report PCK.
+
+    By nearest neighbours of the features as they are; or, with --method conv, of a convolution of
+    them that is trained on other pairs first (it stays in OUT/head.safetensors).
+    """
+    from safetensors.torch import save_file
+
     from diffeat.evaluate import correspond as run_correspond
     from diffeat.evaluate import read_pairs
     from diffeat.presets import PROMPTS
-    from shared_core.run import RunFolder
+    from diffeat.train import train_correspondence
+    from shared_core.run import RunFolder, atomic_path, progress
 
+    if method not in ("nn", "conv"):
+        raise InputError(f"--method {method}; accepted: nn, conv")
     found_pairs = read_pairs(pairs, split, limit)
-    fx = _extractor(model, layers, device, dtype, size)
-    said = PROMPTS["spair"] if prompt is None else prompt
-    found = run_correspond(fx, found_pairs, prompt=said, t=t, alpha=alpha, seed=seed)
-    run = RunFolder(out or Path("runs/diffeat/correspond"))
+    others = []
+    if method == "conv":
+        others = [read_pairs(pairs, train_split), read_pairs(pairs, val_split, val_limit)]
+    fx = _extractor(model, layers, device, dtype, size, offload)
+    options = {
+        "prompt": PROMPTS["spair"] if prompt is None else prompt, "alpha": alpha, "seed": seed,
+        **_call_options(layers, t),
+    }  # fmt: skip
+    run = RunFolder(out or Path("runs/diffeat/correspond"), resume=resume)
     run.write_config(
         "diffeat correspond",
-        {"model": model, "layers": list(fx.layers), "t": t, "prompt": said, "split": split},
+        {"model": model, "layers": list(fx.layers), "split": split, "method": method, **options},
     )
+    head, trained = None, {}  # type: ignore[var-annotated]
+    if method == "conv":
+        given = _trained(run, 100)
+        total = epochs * min(steps, len(others[0]))
+        begun = given["state"]["step"] if given["state"] else 0
+        bar = progress(total=total - begun, description="training the convolution", unit="pair")
+        head, trained = train_correspondence(
+            fx, others[0], validation=others[1], epochs=epochs, steps_per_epoch=steps,
+            state=given["state"], after=_with_bar(given["after"], bar), **options,
+        )  # fmt: skip
+        with atomic_path(run.path / "head.safetensors") as temporary:
+            save_file(head.state_dict(), temporary)
+    found = {**run_correspond(fx, found_pairs, head=head, **options), **trained}
     run.write_metrics(found)
     rows = [*found["categories"], {"category": "all keypoints", **found}]
     short = [

@@ -5,7 +5,7 @@ shapes world in latents of an exact "VAE" (pixel unshuffle). Then every activati
 probed: how noisy and how fine it is, and how well a linear classifier reads the segmentation out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ __all__ = [
     "PixelUnshuffleVAE",
     "ShapesText",
     "build_extractor",
+    "combine",
     "figures",
     "load_backbone",
     "look_into",
@@ -53,6 +54,7 @@ class DemoSettings:
     """The settings of the demo.
 
     Attributes:
+        seeds: Runs, each with weights, data and noise of its own.
         images: Images that the U-Net is trained on.
         steps: Training steps.
         batch_size: Images per step.
@@ -60,18 +62,19 @@ class DemoSettings:
         drop: Share of captions left out while training.
         train, test: Images that probes are fitted and tested on.
         measured: Images of the noise and granularity curves.
-        timesteps: Where probes are fitted.
+        timesteps: Where probes are fitted; in runs after the first only at 50.
         components: Principal components of the equal-width comparison.
     """
 
+    seeds: int = 3
     images: int = 1500
     steps: int = 300
-    batch_size: int = 16
+    batch_size: int = 8
     lr: float = 2e-3
     drop: float = 0.3
     train: int = 100
     test: int = 60
-    measured: int = 48
+    measured: int = 24
     timesteps: tuple[int, ...] = (0, 50, 200)
     components: int = 32
 
@@ -163,7 +166,7 @@ def build_extractor(seed: int = 0) -> FeatureExtractor:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=WIDTH,
-        attention_head_dim=4,
+        attention_head_dim=2,
         norm_num_groups=8,
     )
     return FeatureExtractor(
@@ -265,32 +268,50 @@ def load_backbone(folder: Path) -> FeatureExtractor:
 
 
 def measure_depth(
-    fx: FeatureExtractor, images: Any, t: int = 50, *, seed: int = 0, prompt: Any = ""
+    fx: FeatureExtractor,
+    images: Any,
+    t: int = 50,
+    *,
+    seed: int = 0,
+    prompt: Any = "",
+    batch_size: int | None = None,
 ) -> list[dict[str, Any]]:
     """Noise, granularity and locality of every activation, from two draws of noise.
+
+    Args:
+        fx: The extractor; its own layers do not matter.
+        images: Of a batch, or a sequence of them.
+        t: Timestep.
+        seed: Of the noise.
+        prompt: One for all.
+        batch_size: Images at a time, to be averaged over; by default all at once.
 
     Returns:
         Rows of ``name, kind, stage, level, noise, hf, locality`` in order of execution.
     """
     infos = list_activations(fx.backbone)
+    sums: dict[str, dict[str, float]] = {}
     before = fx.layers
     fx.layers = [i.name for i in infos]
     try:
-        a, b = (fx(images, prompt, t, seed=seed + draw) for draw in (0, 1))
+        for start in range(0, len(images), batch_size or len(images)):
+            part = images[start : start + (batch_size or len(images))]
+            ids = [str(start + i) for i in range(len(part))]
+            a, b = (fx(part, prompt, t, seed=seed + draw, ids=ids) for draw in (0, 1))
+            for name in a:
+                if min(a[name].shape[-2:]) < 4:
+                    continue
+                row = sums.setdefault(name, {"noise": 0.0, "hf": 0.0, "locality": 0.0})
+                share = len(part) / len(images)
+                row["noise"] += share * noise_ratio(a[name], b[name])
+                row["hf"] += share * hf_ratio(a[name])
+                row["locality"] += share * locality(a[name])
     finally:
         fx.layers = before
     return [
-        {
-            "name": i.name,
-            "kind": i.kind,
-            "stage": i.stage,
-            "level": i.level,
-            "noise": noise_ratio(a[i.name], b[i.name]),
-            "hf": hf_ratio(a[i.name]),
-            "locality": locality(a[i.name]),
-        }
+        {"name": i.name, "kind": i.kind, "stage": i.stage, "level": i.level, **sums[i.name]}
         for i in infos
-        if min(a[i.name].shape[-2:]) >= 4
+        if i.name in sums
     ]
 
 
@@ -312,7 +333,8 @@ def look_into(
     """Curves over depth, and probes of the trained and of an untrained network.
 
     Returns:
-        ``depth``, ``ranking``, ``ranking_equal_width``, ``best``, ``table`` and ``message``.
+        ``depth``, ``ranking``, ``ranking_equal_width``; ``best`` mIoU and its ``mean`` over
+        activations, at t = 50.
     """
     images, _, _ = shapes_data(s.measured, "test", seed)
     depth = measure_depth(fx, images, 50, seed=seed)
@@ -321,34 +343,73 @@ def look_into(
     untrained = build_extractor(seed)
     untrained.backbone.to(device)
     random = run_probes(untrained, s, [50], seed)
-    at_50 = [r for r in trained if r["t"] == 50]
-    best = {
-        "trained": at_50[0]["miou"],
-        "random": random[0]["miou"],
-        "latent": next(r["miou"] for r in at_50 if r["name"] == "unet-in"),
-        "trained_any_t": trained[0]["miou"],
-    }
-    noise = {r["name"]: r for r in depth}
-    equal_rank = {r["name"]: i + 1 for i, r in enumerate(equal)}
-    table = [
-        {
-            "activation": r["name"],
-            "channels": r["channels"],
-            "mIoU": round(r["miou"], 3),
-            "90 %": f"{r['low']:.3f} to {r['high']:.3f}",
-            "rank of equal width": equal_rank[r["name"]],
-            "noise": round(noise[r["name"]]["noise"], 2) if r["name"] in noise else None,
-        }
-        for r in at_50[:10]
-    ]
+    at_50, mean = [r for r in trained if r["t"] == 50], {}
+    for name, rows in (("trained", at_50), ("untrained", random)):
+        mean[name] = sum(r["miou"] for r in rows) / len(rows)
     return {
         "depth": depth,
         "ranking": trained,
         "ranking_equal_width": equal,
-        "best": best,
-        "table": table,
-        "message": tell(depth, best),
+        "best": {
+            "trained": at_50[0]["miou"],
+            "untrained": random[0]["miou"],
+            "latent": next(r["miou"] for r in at_50 if r["name"] == "unet-in"),
+        },
+        "mean": mean,
     }
+
+
+def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `look_into` gave for several seeds, as means with their spread.
+
+    Returns:
+        ``runs`` as they are, ``depth`` and ``ranking`` (t = 50) of means over seeds, ``table`` and
+        ``message``.
+    """
+    depth = [
+        {**rows[0], **{k: _mean(r[k] for r in rows) for k in ("noise", "hf", "locality")}}
+        for rows in zip(*(run["depth"] for run in runs), strict=True)
+    ]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    equal: dict[str, float] = {}
+    for run in runs:
+        for row in run["ranking"]:
+            if row["t"] == 50:
+                by_name.setdefault(row["name"], []).append(row)
+        for row in run["ranking_equal_width"]:
+            equal[row["name"]] = equal.get(row["name"], 0) + row["miou"] / len(runs)
+    ranking = [
+        {**rows[0], **{k: _mean(r[k] for r in rows) for k in ("miou", "low", "high")}}
+        | {"spread": max(r["miou"] for r in rows) - min(r["miou"] for r in rows)}
+        for rows in by_name.values()
+    ]
+    ranking.sort(key=lambda row: -row["miou"])
+    order = sorted(equal, key=lambda name: -equal[name])
+    noise = {row["name"]: row["noise"] for row in depth}
+    table = [
+        {
+            "activation": r["name"],
+            "channels": r["channels"],
+            "mIoU": f"{r['miou']:.3f}",
+            "spread of seeds": f"{r['spread']:.3f}",
+            "90 % over images": f"{r['low']:.3f} to {r['high']:.3f}",
+            "rank of equal width": order.index(r["name"]) + 1,
+            "noise": f"{noise[r['name']]:.2f}" if r["name"] in noise else None,
+        }
+        for r in ranking[:10]
+    ]
+    return {
+        "runs": list(runs),
+        "depth": depth,
+        "ranking": ranking,
+        "table": table,
+        "message": tell(runs),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def figures(fx: FeatureExtractor, result: dict[str, Any], seed: int = 0) -> dict[str, Any]:
@@ -361,30 +422,39 @@ def figures(fx: FeatureExtractor, result: dict[str, Any], seed: int = 0) -> dict
     ]  # fmt: skip
     found = fx(images, "", 50, seed=seed)
     fx.layers = before
-    at_50 = [r for r in result["ranking"] if r["t"] == 50]
     return {
         "depth": plot_depth(result["depth"]),
-        "ranking": plot_ranking(at_50),
+        "ranking": plot_ranking(result["ranking"]),
         "pca": plot_pca(images, {name: pca_image(v) for name, v in found.items()}),
     }
 
 
-def tell(depth: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
-    """What was seen, in sentences."""
-    between = [r for r in depth if r["kind"] in ("res-out", "vit-out")]
-
-    def mean(stage: str, part: slice = slice(None)) -> float:
-        values = [r["noise"] for r in between if r["stage"] == stage]
-        chosen = values[part]
-        return float(sum(chosen) / len(chosen))
-
-    ups = len([r for r in between if r["stage"] == "up"])
-    early, late = mean("up", slice(0, ups // 2)), mean("up", slice(ups // 2, None))
-    down = mean("down")
-    shape = "as the paper describes" if down > early < late else "unlike what the paper describes"
+def tell(runs: Sequence[dict[str, Any]]) -> str:
+    """What was seen, in sentences; intervals are the lowest and the highest seed."""
+    stages = [stage_noise(run["depth"]) for run in runs]
+    down, early, late = ([stage[i] for stage in stages] for i in range(3))
+    as_told = sum(d > e < u for d, e, u in stages)
+    better = sum(run["best"]["trained"] > run["best"]["untrained"] for run in runs)
+    best = {k: _mean(run["best"][k] for run in runs) for k in ("trained", "untrained", "latent")}
+    mean = {k: _mean(run["mean"][k] for run in runs) for k in ("trained", "untrained")}
     return (
-        f"Noise makes up {down:.0%} of the down stage's activations, {early:.0%} of the early and "
-        f"{late:.0%} of the late up stage's, {shape}. The best activation reads the "
-        f"segmentation with mIoU {best['trained']:.3f}, against {best['random']:.3f} in an "
-        f"untrained network and {best['latent']:.3f} from the raw latent."
+        f"Noise makes up {_span(down)} of the down stage's activations, {_span(early)} of the "
+        f"early and {_span(late)} of the late up stage's: falling, then returning, as the paper "
+        f"describes, in {as_told} of {len(runs)} runs. The best activation reads the segmentation "
+        f"with mIoU {best['trained']:.3f}, against {best['untrained']:.3f} in an untrained network "
+        f"(better in {better} of {len(runs)} runs) and {best['latent']:.3f} from the raw latent; "
+        f"the mean activation with {mean['trained']:.3f} against {mean['untrained']:.3f}."
     )
+
+
+def stage_noise(depth: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
+    """Mean share of noise between modules: down stage, first and second half of the up stage."""
+    between = [r for r in depth if r["kind"] in ("res-out", "vit-out")]
+    down, up = ([r["noise"] for r in between if r["stage"] == stage] for stage in ("down", "up"))
+    half = len(up) // 2
+    return _mean(down), _mean(up[:half]), _mean(up[half:])
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = (f"{value:.0%}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

@@ -192,6 +192,12 @@ class FeatureExtractor:
             )
         return rows
 
+    def feature_names(self, times: Sequence[int]) -> list[str]:
+        """Names of what a call with these timesteps gives, in order."""
+        names = [name for name in self._layers if name != VAE]
+        found = [f"{n}@t{t}" if len(times) > 1 else n for t in times for n in names]
+        return [*found, *(name for name in self._layers if name == VAE)]
+
     def train_backbone(self, mode: bool = True) -> None:
         """Keep the graph, so that a loss on the features trains the backbone."""
         self._training = mode
@@ -223,6 +229,8 @@ class FeatureExtractor:
     def _embedding(self, prompt: Prompt) -> PromptEmbedding | None:
         if prompt is None or isinstance(prompt, PromptEmbedding):
             return prompt
+        if prompt == "" and self.text is None and not _families.takes_text(self.backbone):
+            return None
         if isinstance(prompt, Tensor):
             return PromptEmbedding(prompt)
         return self.encode_prompt(prompt)

@@ -1,13 +1,12 @@
 """Named feature maps of one batch of images."""
 
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -106,8 +105,8 @@ class Features(Mapping[str, Tensor]):
             )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Features":
-        """Read what `save` wrote.
+    def load(cls, path: str | os.PathLike[str], layers: Sequence[str] | None = None) -> "Features":
+        """Read what `save` wrote, or only some layers of it.
 
         Raises:
             InputError: If the file is missing or damaged.
@@ -123,7 +122,7 @@ class Features(Mapping[str, Tensor]):
         try:
             with safe_open(path, framework="pt") as file:
                 order = (file.metadata() or {})["order"].split("\n")
-            tensors = load_file(Path(path))
-            return cls({name: tensors[name] for name in order})
+                wanted = order if layers is None else [n for n in order if n in set(layers)]
+                return cls({name: file.get_tensor(name) for name in wanted})
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(f"{os.fspath(path)} holds no readable features: {error}") from error

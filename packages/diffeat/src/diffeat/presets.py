@@ -19,6 +19,7 @@ MODELS = {
     "pixart-sigma": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     "pixart-sigma-512": "PixArt-alpha/PixArt-Sigma-XL-2-512-MS",
     "pixart-alpha": "PixArt-alpha/PixArt-XL-2-512x512",
+    "ddpm-bedroom": "google/ddpm-ema-bedroom-256",
     "if": "DeepFloyd/IF-I-L-v1.0",
     "hunyuan": "Tencent-Hunyuan/HunyuanDiT-Diffusers",
     "flux": "black-forest-labs/FLUX.1-dev",
@@ -56,7 +57,20 @@ _SDXL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
-# Settings of diffusers' UNet2DConditionModel where they differ from its defaults.
+_DDPM: dict[str, Any] = {
+    "sample_size": 256,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+    "layers_per_block": 2,
+}
+
+# Settings of diffusers' U-Nets where they differ from the defaults of their class.
 TOPOLOGIES: dict[str, dict[str, Any]] = {
     "sd15": _SD15,
     "sd21": {
@@ -67,7 +81,10 @@ TOPOLOGIES: dict[str, dict[str, Any]] = {
     },
     "sdxl": _SDXL,
     "playground": _SDXL,
+    "ddpm-bedroom": _DDPM,
 }
+
+CLASSES = {"ddpm-bedroom": "UNet2DModel"}  # the others are UNet2DConditionModel
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,8 @@ class Preset:
         channels: All channels together, with 77 text tokens for ``attn``.
         t: Timestep of 1000.
         ensemble: Noise draws that are averaged.
+        timesteps: If there are several, in place of `t`; `channels` are those of all.
+        noise: ``seeded`` by sample, or ``shared`` by all.
         source: Where it is published.
     """
 
@@ -91,6 +110,22 @@ class Preset:
     t: int = 50
     ensemble: int = 1
     source: str = ""
+    timesteps: tuple[int, ...] = ()
+    noise: str = "seeded"
+
+    def call_options(self) -> dict[str, Any]:
+        """How an extractor is called for this preset: ``t``, and what differs from its defaults.
+
+        Example:
+            >>> PRESETS["dift-sd21"].call_options()
+            {'t': 261, 'ensemble': 8}
+        """
+        found: dict[str, Any] = {"t": list(self.timesteps) or self.t}
+        if self.ensemble > 1:
+            found["ensemble"] = self.ensemble
+        if self.noise != "seeded":
+            found["noise"] = self.noise
+        return found
 
     def describe(self) -> dict[str, Any]:
         """All of it as plain data, with the model's hub id."""
@@ -193,6 +228,21 @@ PRESETS: dict[str, Preset] = {
     "dift-sd21": Preset(
         ("up-level1-upsampler-out",), "sd21", 768, 1280, t=261, ensemble=8, source="DIFT"
     ),
+    "ddpm-seg": Preset(
+        (
+            "up-level1-upsampler-out",
+            "up-level2-repeat0-res-out",
+            "up-level2-repeat1-res-out",
+            "up-level2-upsampler-out",
+            "up-level4-repeat0-res-out",
+        ),
+        "ddpm-bedroom",
+        256,
+        4224,
+        timesteps=(50, 150, 250),
+        noise="shared",
+        source="DDPM-seg, decoder blocks 5, 6, 7, 8, 12 of a pixel-space model",
+    ),
 }
 
 # Presets whose features are those of several models, joined (`diffeat.aggregate.MultiModel`).
@@ -234,8 +284,9 @@ def build_topology(name: str, device: str = "meta", **changes: Any) -> nn.Module
     """
     if name not in TOPOLOGIES:
         raise InputError(f"there is no topology {name!r}; accepted: {', '.join(TOPOLOGIES)}")
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
     with torch.device(device):
-        model: nn.Module = UNet2DConditionModel(**{**TOPOLOGIES[name], **changes})
+        kind = getattr(diffusers, CLASSES.get(name, "UNet2DConditionModel"))
+        model: nn.Module = kind(**{**TOPOLOGIES[name], **changes})
     return model.eval()

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffeat._matching import match
 from shared_core.errors import InputError
 from shared_core.metrics import confusion_matrix, mean_iou
 
@@ -301,7 +302,8 @@ def nn_correspondence(
 ) -> Float[Tensor, "N 2"]:
     """For points of the source image, the most similar positions of the target image.
 
-    Both maps are enlarged to `size` (bilinear); of the source only the asked points are.
+    The result is that of enlarging both maps to `size` (bilinear) and taking the pixel of the
+    highest cosine similarity, but no enlarged features are made.
 
     Args:
         source: Features of the source image.
@@ -320,13 +322,7 @@ def nn_correspondence(
     where = points.round().long()
     if (where < 0).any() or (where >= size).any():
         raise InputError(f"points range outside the image of {size}x{size}")
-    big = [
-        F.interpolate(f.float(), (size, size), mode="bilinear", align_corners=False)[0]
-        for f in (source, target)
-    ]
-    queries = F.normalize(big[0][:, where[:, 1], where[:, 0]], dim=0)
-    best = (queries.T @ F.normalize(big[1].flatten(1), dim=0)).argmax(1)
-    return torch.stack([best % size, best // size], 1).to(points.dtype)
+    return match([(source[0], target[0])], where, size).to(points.dtype)
 
 
 def pck(

@@ -55,6 +55,10 @@ def _named(values: list[str], option: str) -> dict[str, str]:
     return found
 
 
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def _rule(rule: str) -> Any:
     if rule not in ("nearest", "at_least"):
         raise InputError(f"--rule {rule}; accepted: nearest, at_least")
@@ -95,7 +99,7 @@ def demo(
     from shared_core.run import RunFolder, progress
 
     chosen = select_device(device)
-    names = list(the_demo.METHODS) if full else [m.strip() for m in methods.split(",") if m.strip()]
+    names = list(the_demo.METHODS) if full else _listed(methods)
     the_demo.check_methods(names)
     settings = the_demo.DemoSettings(alpha=alpha, beta=beta, epochs=epochs)
     count = seeds
@@ -175,6 +179,7 @@ def train(
     sync_bn: Annotated[
         bool, typer.Option("--sync-bn", help="BatchNorm statistics over all processes.")
     ] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard parameters (with torchrun).")] = False,
     forward_mode: Annotated[
         str | None,
         typer.Option("--forward-mode", help="joint (one pass of ID and OE) or separate."),
@@ -237,6 +242,7 @@ def train(
         "gap_mask": gap_mask,
         "gather": gather or None,
         "sync_bn": sync_bn or None,
+        "fsdp": fsdp or None,
         "forward_mode": forward_mode,
         "epochs": epochs,
         "batch_size": batch_size,
@@ -317,35 +323,29 @@ def select_oe(
     """
     from dataclasses import asdict
 
-    from edge_ood.datasets import eval_transform
-    from edge_ood.detector import OODDetector
-    from edge_ood.dilation import OESelector
-    from edge_ood.models import create_model
     from edge_ood.plots import plot_spectra
-    from edge_ood.sources import load_id, load_outliers
+    from edge_ood.selection import rank_sources
     from shared_core.device import seed_everything, select_device
     from shared_core.run import RunFolder
 
     chosen = select_device(device)
     seed_everything(seed)
-    transform = eval_transform(image_size)
     named = _named(candidates, "--candidate")
-    data = load_id(id_set, "train", transform, seed=seed)
-    sets = {n: load_outliers(s, "train", transform, seed=seed) for n, s in named.items()}
-    network: Any = (
-        create_model(model, 1, pretrained=pretrained)
-        if checkpoint is None
-        else OODDetector.load(checkpoint).model
+    ranks, selector = rank_sources(
+        id_set,
+        named,
+        model=model,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        k=k,
+        batch_size=batch_size,
+        max_batches=max_batches,
+        variant=variant,
+        prefer=prefer,
+        image_size=image_size,
+        seed=seed,
+        device=chosen,
     )
-    backbone = network.to(chosen).backbone
-    if variant not in ("paper", "official", "full") or prefer not in ("smallest", "largest"):
-        raise InputError(
-            f"--variant {variant} --prefer {prefer}; accepted: paper, official, full; "
-            "smallest, largest"
-        )
-    selector = OESelector(backbone, k, batch_size, max_batches, variant, prefer, chosen)  # type: ignore[arg-type]
-    selector.fit(_loader(data, batch_size, seed))
-    ranks = selector.rank({n: _loader(s, batch_size, seed) for n, s in sets.items()})
     run = RunFolder(out or Path("runs/edge-ood/select-oe"))
     run.write_config(
         "edge-ood select-oe",
@@ -369,15 +369,6 @@ def select_oe(
     show_result(metrics, f"{format_table(rows)}\n\n{run.path}: metrics.json", as_json=as_json)
 
 
-def _loader(data: Any, batch_size: int, seed: int) -> Any:
-    """Batches in an order drawn with the seed, for a part of a set has to be like the whole."""
-    import torch
-    from torch.utils.data import DataLoader
-
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(data, batch_size=batch_size, shuffle=True, generator=generator)
-
-
 @command(app)
 def score(
     checkpoint: Checkpoint,
@@ -387,9 +378,22 @@ def score(
             "--input", help=f"Logits (.npy, .npz, .safetensors), a folder of images, or {ID_HELP}"
         ),
     ],
-    scorer: Annotated[
-        str, typer.Option("--scorer", help="A score of logits; see: edge-ood list.")
+    scorers: Annotated[
+        str, typer.Option("--scorers", help="all, or some by commas; see: edge-ood list.")
     ] = "joint_energy",
+    fit: Annotated[
+        str | None,
+        typer.Option("--fit", help="Folder that score --features wrote of ID training images."),
+    ] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="Keep features.npy, for --fit.")
+    ] = False,
+    odin_eps: Annotated[
+        float, typer.Option("--odin-eps", help="Step of ODIN on the pixels.", min=0)
+    ] = 0.0014,
+    odin_temperature: Annotated[
+        float, typer.Option("--odin-temperature", help="Temperature of ODIN.")
+    ] = 1.0,
     split: Annotated[str, typer.Option("--split", help="Split of a named set.")] = "test",
     official_transforms: Annotated[
         bool,
@@ -406,7 +410,14 @@ def score(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score images or logits with a detector: scores.csv, and logits.npy for edge-ood eval."""
+    """Score images or logits with a detector: scores.csv, and what edge-ood eval reads.
+
+    Scores of features and of scikit-learn are fitted on ID training images:
+
+    edge-ood score --checkpoint RUN/best --input coco:DATA --split train --features --out train
+
+    edge-ood score --checkpoint RUN/best --input FOLDER --scorers all --fit train --out new
+    """
     from edge_ood.scoring import score_source
     from shared_core.device import select_device
     from shared_core.run import RunFolder
@@ -417,7 +428,10 @@ def score(
         checkpoint,
         inputs,
         run,
-        scorer=scorer,
+        scorers=_listed(scorers),
+        fit=fit,
+        features=features,
+        odin={"eps": odin_eps, "temperature": odin_temperature},
         split=split,
         official_transforms=official_transforms,
         batch_size=batch_size,
@@ -425,7 +439,7 @@ def score(
         seed=seed,
         device=chosen,
     )
-    rows = [{"score": scorer, **{k: v for k, v in found.items() if k != "files"}}]
+    rows = [{"score": name, "n": found["n"], **v} for name, v in found["scorers"].items()]
     text = f"{format_table(rows)}\n\n{run.path}: {', '.join(found['files'])}"
     show_result({"out": str(run.path), **found}, text, as_json=as_json)
 
@@ -433,19 +447,24 @@ def score(
 @command(app, "eval")
 def evaluate(
     id_logits: Annotated[
-        Path, typer.Option("--id-logits", help="Logits of the ID test set, [n, C].")
+        Path,
+        typer.Option(
+            "--id-logits", help="Logits of the ID test set, [n, C], or what score wrote: a folder."
+        ),
     ],
     ood_logits: Annotated[
-        list[str], typer.Option("--ood-logits", help="NAME=FILE of an OOD set; several.")
+        list[str],
+        typer.Option("--ood-logits", help="NAME=FILE of an OOD set, or a folder."),
     ],
     labels: Annotated[
-        Path | None, typer.Option("--labels", help="Labels of the ID test set, 0 or 1, [n, C].")
+        Path | None,
+        typer.Option("--labels", help="Labels, 0 or 1; default: the folder's."),
     ] = None,
     counts: Annotated[
         Path | None,
         typer.Option(
             "--train-counts",
-            help="Training samples of each class, [C]; without it classes are ordered by --labels.",
+            help="Training samples of each class, [C]; without them --labels order the classes.",
         ),
     ] = None,
     scorers: Annotated[
@@ -467,6 +486,8 @@ def evaluate(
 ) -> None:
     """Evaluate from saved logits: FPR95, AUROC, AUPR, mAP, and where along the label frequency.
 
+    Of a folder that edge-ood score wrote, all its scores are evaluated, also of features and ODIN.
+
     Example: edge-ood eval --id-logits id.npy --labels y.npy --ood-logits dtd=dtd.npy --scorers all
     """
     from edge_ood import evaluate as evaluation
@@ -474,21 +495,21 @@ def evaluate(
     from shared_core.run import RunFolder
 
     select_device(device)  # scores of logits are computed on the CPU, chunk by chunk
-    open_array = evaluation.open_array
     named = _named(ood_logits, "--ood-logits")
-    inside = open_array(id_logits)
-    outside = {name: open_array(path) for name, path in named.items()}
-    known = None if labels is None else open_array(labels)
-    order = None if counts is None else [int(c) for c in open_array(counts).ravel()]
+    inside = evaluation.open_tables(id_logits, labels, counts)
+    opened = {name: evaluation.open_tables(path) for name, path in named.items()}
+    outside = {name: tables.logits for name, tables in opened.items()}
     result = evaluation.evaluate(
-        inside,
+        inside.logits,
         outside,
-        known,
-        scorers=[s.strip() for s in scorers.split(",") if s.strip()],
-        class_counts=order,
-        fit_logits=None if fit is None else open_array(fit),
+        inside.labels,
+        scorers=_listed(scorers),
+        id_scores=inside.scores,
+        ood_scores={name: tables.scores for name, tables in opened.items()},
+        class_counts=inside.counts,
+        fit_logits=None if fit is None else evaluation.open_array(fit),
         rule=_rule(rule),
-        grid=_grid(grid, inside.shape[-1]),
+        grid=evaluation.parse_grid(grid, inside.logits.shape[-1]),
         topk=topk,
     )
     run = RunFolder(out or Path("runs/edge-ood/eval"))
@@ -504,7 +525,7 @@ def evaluate(
         distributions=["edge-ood"],
     )
     run.write_metrics(result)
-    pictures = evaluation.figures(result, inside, outside) if plots else {}
+    pictures = evaluation.figures(result, inside.logits, outside) if plots else {}
     names = [run.save_figure(name, figure).name for name, figure in pictures.items()]
     text = format_table(evaluation.evaluation_rows(result))
     if result.get("mAP") is not None:
@@ -512,20 +533,6 @@ def evaluate(
         text += f" (trapezoid {100 * result['mAP_trapezoid']:.2f} %)"
     text += f"\n\n{run.path}: {', '.join(['metrics.json', *names])}"
     show_result(result, text, as_json=as_json)
-
-
-def _grid(text: str | None, classes: int) -> list[int] | None:
-    from edge_ood.metrics import COCO_GRID, VOC_GRID
-
-    if text is None:
-        return None
-    if text in ("voc", "coco"):
-        published = VOC_GRID if text == "voc" else COCO_GRID
-        return [j for j in published if j < classes]
-    try:
-        return [int(j) for j in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--grid {text}; accepted: voc, coco, or numbers by commas") from error
 
 
 @command(app)

@@ -8,6 +8,7 @@ the same small network from the same start on the same ID batches. Settings were
 seeds.
 """
 
+import copy
 import math
 import statistics
 import warnings
@@ -23,7 +24,7 @@ from edge_ood.data import PairedLoader
 from edge_ood.dilation import OERank, OESelector
 from edge_ood.energy import joint_energy
 from edge_ood.loop import collect, train_edge
-from edge_ood.loss import EdgeLoss
+from edge_ood.loss import EdgeLoss, EdgeSchedule
 from edge_ood.losses import AsymmetricLoss, FocalMultiLabelLoss, MultiLabelOELoss
 from edge_ood.metrics import (
     bucket_report,
@@ -113,9 +114,16 @@ class TensorBatches:
         return -(-len(self.tensors[0]) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        order = torch.randperm(len(self.tensors[0]), generator=self.generator)
-        for chosen in torch.split(order, self.batch_size):
+        for chosen in torch.split(self._order(), self.batch_size):
             yield tuple(tensor[chosen] for tensor in self.tensors)
+
+    def _order(self) -> Tensor:
+        return torch.randperm(len(self.tensors[0]), generator=self.generator)
+
+    def skip(self, epochs: int) -> None:
+        """Go on as if so many epochs were over."""
+        for _ in range(epochs):
+            self._order()
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -235,8 +243,9 @@ def run_seed(
     device = device or torch.device("cpu")
     task = ShapesTask(seed, settings)
     result = SeedResult(seed, {}, task)
+    warm: dict[str, Any] = {}
     for method in methods:
-        model, history = _train(method, task, seed, settings, device)
+        model, history = _train(method, task, seed, settings, device, warm)
         if rank_outliers and not result.ranking:
             _rank(model, task, settings, result)
         result.methods[method] = _test(model, task, settings, history)
@@ -246,8 +255,18 @@ def run_seed(
 
 
 def _train(
-    method: str, task: ShapesTask, seed: int, s: DemoSettings, device: torch.device
+    method: str,
+    task: ShapesTask,
+    seed: int,
+    s: DemoSettings,
+    device: torch.device,
+    warm: dict[str, Any],
 ) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train a method.
+
+    Before τ, EDGE and its confidence term alone are one and the same training. It is done once:
+    `warm` takes the state at τ of the first, and the second goes on from there.
+    """
     _, make, with_outliers = METHODS[method]
     torch.manual_seed(seed)
     model = create_model("small_cnn", len(task.class_names))
@@ -259,6 +278,22 @@ def _train(
         optimizer, s.lr, epochs=s.epochs, steps_per_epoch=len(batches), pct_start=0.2
     )
     pairs = PairedLoader(batches, outliers) if with_outliers else batches
+    parts: tuple[Any, ...] = (model, optimizer, scheduler)
+    start = 0
+    before: list[dict[str, float]] = []
+    if method in ("edge", "conf") and warm:
+        start, before = warm["epoch"], warm["history"]
+        for part, state in zip(parts, warm["states"], strict=True):
+            part.load_state_dict(state)
+        batches.skip(start)
+        outliers.skip(start)  # as many batches as the ID images make
+
+    def keep(epoch: int, means: dict[str, float]) -> None:
+        before_tau = method in ("edge", "conf") and not EdgeSchedule(s.tau, s.epochs).is_on(epoch)
+        if before_tau and start == 0:
+            warm["epoch"], warm["history"] = epoch + 1, [*warm.get("history", []), means]
+            warm["states"] = [copy.deepcopy(part.state_dict()) for part in parts]
+
     history = train_edge(
         model,
         pairs,
@@ -267,9 +302,11 @@ def _train(
         epochs=s.epochs,
         tau=s.tau,
         scheduler=scheduler,
+        start_epoch=start,
         device=device,
+        after_epoch=keep,
     )
-    return model, history
+    return model, before + history
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

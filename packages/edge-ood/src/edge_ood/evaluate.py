@@ -1,8 +1,8 @@
-"""Evaluation from saved logits: no model, no images, any number of rows.
+"""Evaluation from saved logits and scores: no model, no images, any number of rows.
 
 Logits in ``.npy`` and ``.safetensors`` are read through a memory map, in chunks of rows (scores)
-and of columns (mAP); ``.npz``, and bfloat16, are read whole, and so are labels. In memory lie a
-score per row and a byte per label. Nothing is unpickled.
+and of columns (mAP); ``.npz``, and bfloat16, are read whole. In memory lie a score per row and a
+byte per label. Nothing is unpickled.
 """
 
 import json
@@ -11,19 +11,28 @@ import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edge_ood.metrics import bucket_report, precision_areas, tail_curve
+from edge_ood.metrics import COCO_GRID, VOC_GRID, bucket_report, precision_areas, tail_curve
 from edge_ood.scorers import get_scorer, list_scorers
 from shared_core.errors import InputError
 from shared_core.metrics import ood_metrics
-from shared_core.run import progress
+from shared_core.run import load_state, progress
 
-__all__ = ["evaluate", "evaluation_rows", "figures", "open_array", "score_array"]
+__all__ = [
+    "Tables",
+    "evaluate",
+    "evaluation_rows",
+    "figures",
+    "open_array",
+    "open_tables",
+    "parse_grid",
+    "score_array",
+]
 
 _ROWS = 65536
 _COLUMNS = 16
@@ -100,6 +109,63 @@ def _open_safetensors(file: Path, key: str | None) -> np.ndarray:
     return np.memmap(file, _DTYPES[entry["dtype"]], "r", start, shape)
 
 
+class Tables(NamedTuple):
+    """What there is to evaluate of one set.
+
+    Attributes:
+        logits: ``[n, C]``.
+        labels: ``[n, C]``, if there are some.
+        counts: Training samples of each class, if known.
+        scores: Scores computed elsewhere, by scorer.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray | None
+    counts: list[int] | None
+    scores: dict[str, Tensor]
+
+
+def open_tables(
+    path: str | os.PathLike[str],
+    labels: str | os.PathLike[str] | None = None,
+    counts: str | os.PathLike[str] | None = None,
+) -> Tables:
+    """Open logits and what lies beside them.
+
+    Args:
+        path: A file of logits, or a folder that ``edge-ood score`` wrote.
+        labels: A file of labels in place of the folder's.
+        counts: A file of class counts in place of the folder's.
+
+    Raises:
+        InputError: As `open_array`.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> np.save(folder / "logits.npy", np.zeros((3, 2), dtype=np.float32))
+        >>> open_tables(folder).logits.shape
+        (3, 2)
+    """
+    where = Path(path)
+    scores: dict[str, Tensor] = {}
+    if where.is_dir():
+        labels = _beside(where / "labels.npy") if labels is None else labels
+        counts = _beside(where / "train_counts.npy") if counts is None else counts
+        table = where / "scores.safetensors"
+        scores = load_state(table) if table.is_file() else {}
+        where = where / "logits.npy"
+    return Tables(
+        open_array(where),
+        None if labels is None else open_array(labels),
+        None if counts is None else [int(c) for c in open_array(counts).ravel()],
+        scores,
+    )
+
+
+def _beside(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
 def _chunks(array: np.ndarray, description: str) -> Iterator[Tensor]:
     starts = range(0, len(array), _ROWS)
     for start in progress(starts, description=description, unit="chunk"):
@@ -121,10 +187,14 @@ def score_array(array: np.ndarray, scorer: Any, name: str = "logits") -> Tensor:
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{name} have shape {list(array.shape)}; accepted: [n, C], not empty")
     scores = torch.cat([scorer.score(part) for part in _chunks(array, scorer.name)])
+    return _finite(scores, scorer.name, name)
+
+
+def _finite(scores: Tensor, scorer: str, name: str) -> Tensor:
     bad = ~scores.isfinite()
     if bad.any():
         raise InputError(
-            f"{int(bad.sum())} of {len(scores)} {scorer.name} scores of {name} are NaN or "
+            f"{int(bad.sum())} of {len(scores)} {scorer} scores of {name} are NaN or "
             f"infinite, the first at row {int(bad.nonzero()[0])}; remove or repair these rows"
         )
     return scores
@@ -136,6 +206,8 @@ def evaluate(
     labels: np.ndarray | None = None,
     *,
     scorers: Sequence[str] = ("joint_energy",),
+    id_scores: Mapping[str, Tensor] | None = None,
+    ood_scores: Mapping[str, Mapping[str, Tensor]] | None = None,
     class_counts: Sequence[int] | None = None,
     fit_logits: np.ndarray | None = None,
     rule: Literal["nearest", "at_least"] = "nearest",
@@ -150,6 +222,10 @@ def evaluate(
         labels: Labels of the ID test set, 0 or 1, ``[n, C]``; for mAP, tail curve and buckets.
         scorers: Names of scorers of logits; ``["all"]`` takes all of them (those that have to be
             fitted only with `fit_logits`).
+        id_scores: Scores of the ID test set that were computed elsewhere, by scorer, ``[n]``, high
+            = ID: those of features and of inputs, which logits alone do not give
+            (`edge_ood.scoring.score_source` writes them). They are evaluated beside `scorers`.
+        ood_scores: For each OOD set the same.
         class_counts: TRAINING samples of each class; without them classes are ordered by the
             labels evaluated, as in the published protocol.
         fit_logits: Held-out ID logits to fit LOF and isolation forests on.
@@ -183,9 +259,14 @@ def evaluate(
         raise InputError(f"{len(class_counts)} class counts for {id_logits.shape[1]} labels")
     order: Literal["train", "eval"] = "eval" if class_counts is None else "train"
     result: dict[str, Any] = {"n_id": len(id_logits), "scorers": {}}
-    for scorer in _make_scorers(scorers, fit_logits, topk):
-        inside = score_array(id_logits, scorer, "the ID set")
-        outside = {n: score_array(a, scorer, n) for n, a in ood_logits.items()}
+    made = {s.name: s for s in _make_scorers(scorers, fit_logits, topk)}
+    given = _given_scores(id_logits, ood_logits, id_scores or {}, ood_scores or {})
+    for chosen in [*made, *(n for n in given if n not in made)]:
+        if chosen in made:
+            inside = score_array(id_logits, made[chosen], "the ID set")
+            outside = {n: score_array(a, made[chosen], n) for n, a in ood_logits.items()}
+        else:
+            inside, outside = given[chosen]
         metrics = {n: dict(ood_metrics(inside, s, rule=rule)) for n, s in outside.items()}
         keys = [k for k in next(iter(metrics.values())) if not k.startswith("n_")]
         entry: dict[str, Any] = {
@@ -206,11 +287,42 @@ def evaluate(
             entry["buckets"] = bucket_report(
                 inside, targets, together, class_counts=class_counts, order_by=order, rule=rule
             )
-        result["scorers"][scorer.name] = entry
+        result["scorers"][chosen] = entry
     if targets is not None:
         result |= _mean_precisions(id_logits, targets)
         result["order_by"] = order
     return result
+
+
+def _given_scores(
+    id_logits: np.ndarray,
+    ood_logits: Mapping[str, np.ndarray],
+    id_scores: Mapping[str, Tensor],
+    ood_scores: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """Scores computed elsewhere, checked against the logits of the same samples."""
+    strangers = set(ood_scores) - set(ood_logits)
+    if strangers:
+        raise InputError(f"there are scores of {min(strangers)!r}, but no such OOD set")
+
+    def checked(scores: Tensor, rows: int, scorer: str, name: str) -> Tensor:
+        if scores.shape != (rows,):
+            raise InputError(
+                f"{scorer} scores of {name} have shape {list(scores.shape)} for {rows} rows of "
+                "logits; score and logits come from one run of edge-ood score"
+            )
+        return _finite(scores, scorer, name)
+
+    given = {}
+    for scorer, scores in id_scores.items():
+        lacking = [n for n in ood_logits if scorer not in ood_scores.get(n, {})]
+        if lacking:
+            raise InputError(f"the ID set has scores of {scorer}, the OOD set {lacking[0]} has not")
+        outside = {
+            n: checked(ood_scores[n][scorer], len(a), scorer, n) for n, a in ood_logits.items()
+        }
+        given[scorer] = checked(scores, len(id_logits), scorer, "the ID set"), outside
+    return given
 
 
 def _mean_precisions(id_logits: np.ndarray, targets: Tensor) -> dict[str, Any]:
@@ -237,10 +349,13 @@ def _labels(labels: np.ndarray | None, id_logits: np.ndarray) -> Tensor | None:
             f"labels have shape {list(labels.shape)}, the ID logits {list(id_logits.shape)}; "
             "both need one row a sample and one column a label"
         )
-    table = torch.from_numpy(np.array(labels))
-    if not bool(((table == 0) | (table == 1)).all()):
-        raise InputError("labels hold other numbers than 0 and 1")
-    return table.bool()
+    table = torch.empty(labels.shape, dtype=torch.bool)
+    for start in range(0, len(labels), _ROWS):
+        part = np.asarray(labels[start : start + _ROWS])
+        if not ((part == 0) | (part == 1)).all():
+            raise InputError("labels hold other numbers than 0 and 1")
+        table[start : start + _ROWS] = torch.from_numpy(part != 0)
+    return table
 
 
 def _make_scorers(names: Sequence[str], fit_logits: np.ndarray | None, topk: int) -> list[Any]:
@@ -261,6 +376,27 @@ def _make_scorers(names: Sequence[str], fit_logits: np.ndarray | None, topk: int
             scorer.fit(torch.from_numpy(np.array(fit_logits)).float())
         made.append(scorer)
     return made
+
+
+def parse_grid(text: str | None, classes: int) -> list[int] | None:
+    """The j of a tail curve: ``voc``, ``coco`` (as published), or numbers by commas.
+
+    Raises:
+        InputError: If it is none of these.
+
+    Example:
+        >>> parse_grid("0,1,3", 20), parse_grid("voc", 6)
+        ([0, 1, 3], [0, 1, 3, 5])
+    """
+    if text is None:
+        return None
+    if text in ("voc", "coco"):
+        published = VOC_GRID if text == "voc" else COCO_GRID
+        return [j for j in published if j < classes]
+    try:
+        return [int(j) for j in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--grid {text}; accepted: voc, coco, or numbers by commas") from error
 
 
 def evaluation_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,27 +2,30 @@
 
 import csv
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from edge_ood.datasets import eval_transform, train_transform
+from edge_ood.datasets import STD, eval_transform, train_transform
 from edge_ood.detector import CONFIG, OODDetector
 from edge_ood.evaluate import open_array, score_array
-from edge_ood.loop import collect
-from edge_ood.scorers import get_scorer, list_scorers
+from edge_ood.harness import choose_scorers, make_scorers, score_outputs
+from edge_ood.loop import Outputs, collect
 from edge_ood.sources import load_id, load_outliers
 from shared_core.device import seed_everything
 from shared_core.errors import InputError
-from shared_core.run import RunFolder, atomic_path, load_state
+from shared_core.run import RunFolder, atomic_path, load_state, save_state
 
 __all__ = ["calibrate_folder", "score_source"]
 
 REFERENCE = "reference.safetensors"
 _TABLES = (".npy", ".npz", ".safetensors")
+_NOTHING = torch.empty(0), torch.empty(0)
 
 
 def score_source(
@@ -30,7 +33,10 @@ def score_source(
     source: str,
     run: RunFolder,
     *,
-    scorer: str = "joint_energy",
+    scorers: Sequence[str] = ("joint_energy",),
+    fit: str | None = None,
+    features: bool = False,
+    odin: Mapping[str, Any] | None = None,
     split: str = "test",
     official_transforms: bool = False,
     batch_size: int = 128,
@@ -38,16 +44,22 @@ def score_source(
     seed: int = 2024,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Score a table of logits or a set of images; writes ``scores.csv`` and more into `run`.
+    """Score a table of logits or a set of images; writes tables into `run`.
 
-    Images also leave ``logits.npy``; labelled ones ``labels.npy`` and, where training kept them,
-    ``train_counts.npy``: what ``edge-ood eval`` reads.
+    ``scores.csv`` and ``scores.safetensors`` hold a column per scorer. Images also leave
+    ``logits.npy``, ``features.npy`` (if asked for, or read by a scorer) and, if labelled,
+    ``labels.npy`` and, where training kept them, ``train_counts.npy``: what ``edge-ood eval``
+    reads, and `fit`.
 
     Args:
         checkpoint: Folder of a detector.
         source: A file of logits, a folder of images, or a set of `edge_ood.sources`.
         run: Where to write.
-        scorer: Name of a score of logits.
+        scorers: Names of scorers, or ``all``.
+        fit: What to fit scorers on: a folder that this function wrote of ID images, or a file of
+            ID logits for LOF and isolation forests.
+        features: Whether to keep features in any case.
+        odin: Arguments of ODIN; by default a step of 0.0014.
         split: Of a named set.
         official_transforms: The random training transform instead of the deterministic one.
         batch_size: Images at once.
@@ -56,52 +68,83 @@ def score_source(
         device: By default the CPU.
 
     Returns:
-        ``n``, ``mean``, ``kept`` (share that the threshold accepts, where there is one for this
-        score) and ``files``.
+        ``n``, ``scorers`` (of each the ``mean``, and ``kept``, the share that the threshold
+        accepts, where there is one for this score) and ``files``.
 
     Raises:
-        InputError: If the source is not there, or the scorer needs more than logits.
+        InputError: If the source is not there, or what a scorer needs is not.
     """
-    if scorer not in list_scorers("logits") or scorer in ("lof", "iforest"):
-        usable = [n for n in list_scorers("logits") if n not in ("lof", "iforest")]
-        raise InputError(f"scorer {scorer!r} cannot be used here; accepted: {', '.join(usable)}")
+    table = source.endswith(_TABLES)
+    names = choose_scorers(scorers, fitted=fit is not None, images=not table)
     detector = OODDetector.load(checkpoint)
-    files = ["scores.csv"]
-    names: list[str] | None = None
-    if source.endswith(_TABLES):
-        scores = score_array(open_array(source), get_scorer(scorer), source)
+    known = None if fit is None else _fit_outputs(fit)
+    options = {"odin": {"eps": 0.0014, "std": list(STD), **(odin or {})}}
+    made = make_scorers(names, detector.model, known, options=options)
+    if detector.scorer.name in made and detector.scorer.requires == "logits":
+        made[detector.scorer.name] = detector.scorer
+    files = ["scores.csv", "scores.safetensors"]
+    samples: list[str] | None = None
+    if table:
+        logits = open_array(source)
+        scores = {name: score_array(logits, scorer, source) for name, scorer in made.items()}
     else:
         reference = _reference(checkpoint)
-        seed_everything(seed)
         size = int(reference.get("size", 224))
         official = official_transforms
         transform = train_transform(size, official=True) if official else eval_transform(size)
         data = _images(source, split, transform, columns, seed, detector.class_names)
         loader = DataLoader(data, batch_size=batch_size)
-        model = detector.model.to(device or torch.device("cpu"))
-        out = collect(model, loader)
-        scores = get_scorer(scorer).score(out.logits)
-        tables = {"logits.npy": out.logits, "labels.npy": out.targets}
-        tables["train_counts.npy"] = reference.get("class_counts", torch.empty(0))
-        for name, table in tables.items():
-            if table.numel() and (name != "train_counts.npy" or out.targets.numel()):
-                _save(run.path / name, table.numpy())
+        device = device or torch.device("cpu")
+        model = detector.model.to(device)
+        features = features or any(s.requires == "features" for s in made.values())
+        seed_everything(seed)
+        out = collect(model, loader, features=features)
+        seed_everything(seed)  # ODIN reads the images as they were
+        scores = score_outputs(made, out, model, loader, device)
+        tables = {"logits.npy": out.logits, "features.npy": out.features}
+        tables["labels.npy"] = out.targets
+        if out.targets.numel():
+            tables["train_counts.npy"] = reference.get("class_counts", torch.empty(0))
+        for name, kept_table in tables.items():
+            if kept_table.numel():
+                _save(run.path / name, kept_table.numpy())
                 files.append(name)
         if isinstance(data.images[0], str | Path):
-            names = [str(image) for image in data.images]
-    threshold = detector.threshold if scorer == detector.scorer.name else None
-    kept = None if threshold is None else scores >= threshold
+            samples = [str(image) for image in data.images]
+    threshold = detector.threshold if detector.scorer.name in scores else None
+    kept = None if threshold is None else scores[detector.scorer.name] >= threshold
+    save_state(run.path / "scores.safetensors", {k: v.float() for k, v in scores.items()})
     with (
         atomic_path(run.path / "scores.csv") as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(["sample", "score", *([] if kept is None else ["is_id"])])
-        for index, value in enumerate(scores.tolist()):
-            sample = index if names is None else names[index]
-            writer.writerow([sample, value, *([] if kept is None else [int(kept[index])])])
-    share = None if kept is None else float(kept.float().mean())
-    return {"n": len(scores), "mean": float(scores.mean()), "kept": share, "files": files}
+        writer.writerow(["sample", *scores, *([] if kept is None else ["is_id"])])
+        rows = zip(*(column.tolist() for column in scores.values()), strict=True)
+        for index, values in enumerate(rows):
+            sample = index if samples is None else samples[index]
+            writer.writerow([sample, *values, *([] if kept is None else [int(kept[index])])])
+    found = {n: {"mean": float(v.mean()), "kept": None} for n, v in scores.items()}
+    if kept is not None:
+        found[detector.scorer.name]["kept"] = float(kept.float().mean())
+    n = len(next(iter(scores.values())))
+    return {"n": n, "scorers": found, "files": files}
+
+
+def _fit_outputs(fit: str) -> Outputs:
+    """ID logits, features and labels that scoring wrote into a folder, or logits of a file."""
+
+    def read(path: Path) -> Tensor:
+        if not path.is_file():
+            return torch.empty(0)
+        return torch.from_numpy(np.array(open_array(path))).float()
+
+    path = Path(fit)
+    if not path.is_dir():
+        return Outputs(torch.from_numpy(np.array(open_array(path))).float(), *_NOTHING)
+    if not (path / "logits.npy").is_file():
+        raise InputError(f"{path} holds no logits.npy; let edge-ood score --features write it")
+    return Outputs(*(read(path / f"{name}.npy") for name in ("logits", "features", "labels")))
 
 
 def _images(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from edge_ood._shard import full_state, load_full_state, shard, share_buffers
 from edge_ood.data import PairedLoader, check_disjoint
 from edge_ood.datasets import MultiLabelImages, UnlabelledImages, eval_transform, train_transform
 from edge_ood.detector import OODDetector
@@ -24,7 +25,7 @@ from edge_ood.losses import (
     MultiLabelOELoss,
 )
 from edge_ood.metrics import multilabel_map
-from edge_ood.models import MultiLabelModel, create_model
+from edge_ood.models import MultiLabelModel, create_model, model_from_spec
 from edge_ood.presets import get_preset
 from edge_ood.sources import load_id, load_outliers
 from shared_core.device import seed_everything, select_dtype
@@ -56,6 +57,7 @@ class TrainSettings:
         gap_mask: ``all`` or ``positives``.
         gather: Whether several processes form one batch for the loss.
         sync_bn: Whether BatchNorm takes its statistics over all processes.
+        fsdp: Whether to shard the parameters over the processes (FSDP2) in place of DDP.
         forward_mode: ``joint`` or ``separate``.
         epochs: Passes over the ID images.
         batch_size: ID images per step, over all processes.
@@ -94,6 +96,7 @@ class TrainSettings:
     gap_mask: str = "all"
     gather: bool = False
     sync_bn: bool = False
+    fsdp: bool = False
     forward_mode: str = "joint"
     epochs: int = 20
     batch_size: int = 128
@@ -268,8 +271,9 @@ def make_accelerator(dtype: torch.dtype, device: torch.device) -> Any:
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise InputError(
-            f"this command trains with DDP, not {accelerator.distributed_type.value}; "
-            "for sharded training use edge_ood.hf.EdgeHFTrainer"
+            f"this command makes no use of an accelerate configuration for "
+            f"{accelerator.distributed_type.value}; for FSDP give --fsdp under torchrun, for "
+            "DeepSpeed use edge_ood.hf.EdgeHFTrainer"
         )
     return accelerator
 
@@ -289,20 +293,26 @@ class _Run:
         self.model = create_model(
             s.model, len(self.class_names), hidden=s.head_hidden, pretrained=s.pretrained
         )
-        if s.channels_last:
+        if s.channels_last and not s.fsdp:  # FSDP shards contiguous parameters alone
             self.model = self.model.to(memory_format=torch.channels_last)
+        if s.sync_bn and self.device.type == "cpu":
+            raise InputError("--sync-bn works on GPUs alone; leave it out on a CPU")
         if s.sync_bn and self.world > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         self.model.to(self.device)
-        self.optimizer = self._make_optimizer()
+        if s.fsdp:
+            shard(self.model, self.world, self.dtype)
+        self.optimizer = self._inner = self._make_optimizer()
         self.criterion = create_loss(s, self.counts, len(self.train)).to(self.device)
         self.validation_loader: Any = None
         self._make_loaders()
         self.scheduler = self._make_scheduler()
         trained: nn.Module = self.model
         if self.accelerator is not None:
-            prepared = self.accelerator.prepare(trained, self.optimizer, self.validation_loader)
-            trained, self.optimizer, self.validation_loader = prepared
+            prepared = self.accelerator.prepare(self.optimizer, self.validation_loader)
+            self.optimizer, self.validation_loader = prepared
+            if not s.fsdp:
+                trained = self.accelerator.prepare(trained)
         self.trained: Any = torch.compile(trained) if s.compile else trained
         half = self.dtype == torch.float16 and self.accelerator is None
         self.scaler = torch.amp.GradScaler(self.device.type) if half else None
@@ -402,25 +412,42 @@ class _Run:
             self.pairs.restart()
 
     @property
-    def plain(self) -> MultiLabelModel:
-        """The model without wrappers."""
-        return self.model
+    def autocast_dtype(self) -> torch.dtype:
+        """That of the loop's own autocast; a model that accelerate prepared has one already."""
+        own = self.accelerator is None or self.settings.fsdp
+        return self.dtype if own else torch.float32
+
+    def whole_model(self) -> MultiLabelModel:
+        """The model without wrappers and shards; all processes have to ask together."""
+        if not self.settings.fsdp:
+            return self.model
+        assert self.model.spec is not None
+        whole, state = model_from_spec(self.model.spec), full_state(self.model)
+        if self.first:
+            whole.load_state_dict(state)
+        return whole
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next epoch depends on."""
+        """Everything that the next epoch depends on; all processes have to ask together."""
+        sharded = self.settings.fsdp
         return {
             "epoch": self.epoch,
             "best": self.best,
-            "model": self.plain.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": full_state(self.model) if sharded else self.model.state_dict(),
+            "optimizer": (
+                full_state(self.model, self._inner) if sharded else self.optimizer.state_dict()
+            ),
             "scheduler": None if self.scheduler is None else _plain_state(self.scheduler),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` gave."""
-        self.plain.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.settings.fsdp:
+            load_full_state(self.model, self._inner, state["model"], state["optimizer"])
+        else:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler is not None:
@@ -494,9 +521,10 @@ def train(
         if value > parts.best:
             parts.best = value
             _save_detector(parts, run, "best", logits)
+        state = parts.state()
         if parts.first:
             run.log(step=parts.epoch, **means, validation_mAP=value)
-            run.save_checkpoint(parts.state())
+            run.save_checkpoint(state)
 
     train_edge(
         parts.trained,
@@ -509,7 +537,7 @@ def train(
         start_epoch=parts.epoch,
         forward_mode=settings.forward_mode,  # type: ignore[arg-type]
         device=parts.device,
-        dtype=torch.float32 if parts.accelerator is not None else parts.dtype,
+        dtype=parts.autocast_dtype,
         scaler=parts.scaler,
         accelerator=parts.accelerator,
         before_epoch=parts.before_epoch,
@@ -525,6 +553,8 @@ def train(
 
 
 def _validate(parts: _Run) -> tuple[float, Tensor]:
+    if parts.settings.fsdp:
+        share_buffers(parts.model)
     out = collect(
         parts.trained,
         parts.validation_loader,
@@ -539,9 +569,10 @@ def _validate(parts: _Run) -> tuple[float, Tensor]:
 
 
 def _save_detector(parts: _Run, run: RunFolder, name: str, logits: Tensor) -> None:
+    model = parts.whole_model()
     if not parts.first:
         return
-    detector = OODDetector(parts.plain, "joint_energy", class_names=parts.class_names)
+    detector = OODDetector(model, "joint_energy", class_names=parts.class_names)
     detector.calibrate(logits, parts.settings.recall).save(run.path / name)
     save_state(
         run.path / name / "reference.safetensors",

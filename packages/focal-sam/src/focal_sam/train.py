@@ -5,17 +5,15 @@ script. Under ``torchrun`` (or ``accelerate launch``) the same loop runs on seve
 DDP or FSDP2.
 """
 
-import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -34,8 +32,10 @@ from focal_sam.presets import get_preset
 from focal_sam.schedule import RhoScheduler, StepRho
 from focal_sam.sharpness import SharpnessMethod
 from focal_sam.training_data import ImageData, load_data
+from shared_core.checkpoints import check_same
 from shared_core.device import autocast, seed_everything
 from shared_core.errors import InputError
+from shared_core.parallel import Processes, join_processes
 from shared_core.run import RunFolder, atomic_path, progress
 
 __all__ = [
@@ -208,39 +208,7 @@ def create_loss(name: str, class_counts: list[int]) -> nn.Module:
     return nn.CrossEntropyLoss(reduction="none")
 
 
-@dataclass(frozen=True)
-class _Processes:
-    """This process among those that train together."""
-
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-
-@contextlib.contextmanager
-def _processes(device: torch.device) -> Iterator[tuple[_Processes, torch.device]]:
-    """Join the processes that torchrun started, and give each its GPU."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 and not dist.is_initialized():
-        yield _Processes(), device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    started = not dist.is_initialized()
-    if started:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield _Processes(dist.get_rank(), dist.get_world_size()), device
-    finally:
-        if started:
-            dist.destroy_process_group()
-
-
-def _distributed(model: nn.Module, settings: TrainSettings, processes: _Processes) -> nn.Module:
+def _distributed(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.Module:
     if settings.fsdp:
         if processes.world == 1:
             raise InputError("--fsdp shards over several processes; start it with torchrun")
@@ -312,10 +280,8 @@ def evaluate(
 class _Trainer:
     """The parts of one run, built alike by a fresh start and a resumed one."""
 
-    def __init__(
-        self, settings: TrainSettings, data: ImageData, processes: _Processes, device: torch.device
-    ) -> None:
-        s = settings
+    def __init__(self, settings: TrainSettings, data: ImageData, processes: Processes) -> None:
+        s, device = settings, processes.device
         self.settings, self.data, self.processes, self.device = s, data, processes, device
         seed_everything(s.seed)
         self.model = _distributed(_model(s, data, device), s, processes)
@@ -484,9 +450,9 @@ def train(
     """
     data = _load(settings)
     if resume and run.has_checkpoint:
-        _check_same(settings, run)
-    with _processes(device) as (processes, own_device):
-        trainer = _Trainer(settings, data, processes, own_device)
+        check_same(asdict(settings), run.path)
+    with join_processes(device) as processes:
+        trainer = _Trainer(settings, data, processes)
         if resume and run.has_checkpoint:
             trainer.load(run.load_checkpoint())
             if processes.first:
@@ -511,7 +477,7 @@ def train(
         _save_weights(run.path / WEIGHTS, trainer, chosen=run.path / BEST)
         seconds = time.perf_counter() - started
         if processes.world > 1:
-            dist.barrier()
+            torch.distributed.barrier()
         if data.validation is not None:
             _load_weights(trainer.model, run.path / WEIGHTS)
         accuracies = trainer.test(data.test)
@@ -556,17 +522,6 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
             f"{folder / 'config.json'} is not that of a training run ({error!r})"
         ) from error
     return settings
-
-
-def _check_same(settings: TrainSettings, run: RunFolder) -> None:
-    """Refuse to resume with other settings than the run began with."""
-    saved = _saved_settings(run.path)
-    for name, value in asdict(settings).items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"--resume: {run.path} was begun with {name}={saved.get(name)!r}, not {value!r}; "
-                "give the same options, or another --out"
-            )
 
 
 def _save_weights(path: Path, trainer: _Trainer, *, chosen: Path | None = None) -> None:

@@ -1,8 +1,9 @@
 """GMSA: context compression for language models by group merging and layer semantic alignment.
 
 The heart is in `gmsa.merging`, `gmsa.sequences`, `gmsa.losses`, `gmsa.rates` and
-`gmsa.soft_tokens`; the model in `gmsa.model`. Further: `gmsa.streaming`, `gmsa.store`,
-`gmsa.evaluation` and `gmsa.presets`.
+`gmsa.soft_tokens`; the model in `gmsa.model`, what trains when in `gmsa.stages`. Further:
+`gmsa.streaming`, `gmsa.store`, `gmsa.data`, `gmsa.trainer`, `gmsa.train`, `gmsa.evaluate`,
+`gmsa.baselines` and `gmsa.presets`.
 """
 
 import importlib
@@ -16,14 +17,20 @@ from gmsa.soft_tokens import SoftTokens
 if TYPE_CHECKING:
     from gmsa.compressor import GMSACompressor
     from gmsa.configuration import GMSAConfig
+    from gmsa.data import AutoencodingDataset, GMSADataCollator, QADataset
     from gmsa.evaluation import qa_metrics, reconstruction_metrics
     from gmsa.model import GMSAModel
     from gmsa.store import SoftTokenStore, StoreMismatchError
+    from gmsa.trainer import GMSATrainer
 
 __all__ = [
+    "AutoencodingDataset",
     "GMSACompressor",
     "GMSAConfig",
+    "GMSADataCollator",
     "GMSAModel",
+    "GMSATrainer",
+    "QADataset",
     "SoftTokenStore",
     "SoftTokens",
     "StoreMismatchError",
@@ -39,6 +46,10 @@ __version__ = "0.1.0"
 
 # These need transformers or peft, which `import gmsa` does not load.
 _LAZY = {
+    "AutoencodingDataset": "data",
+    "GMSADataCollator": "data",
+    "GMSATrainer": "trainer",
+    "QADataset": "data",
     "GMSACompressor": "compressor",
     "GMSAConfig": "configuration",
     "GMSAModel": "model",

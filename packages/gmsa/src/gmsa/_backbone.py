@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,14 +11,22 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from shared_core.errors import InputError
 
 __all__ = [
     "add_lora",
+    "bars_for_people_only",
     "check_causal_lm",
     "first_blocks",
+    "load_causal_lm",
     "lora_layers",
     "lora_state",
     "make_logits",
+    "merge_lora",
+    "randomize",
     "run_cached",
     "trunk_of",
     "unshare",
@@ -136,6 +146,48 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors under the names that PEFT stores them by."""
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold the LoRA on a model's linear layers into their weights, in place."""
+    for name, layer in list(lora_layers(model)):
+        base: Any = layer.get_base_layer()
+        weight = base.weight.detach() + layer.get_delta_weight("default").to(base.weight.dtype)
+        merged = nn.Linear(
+            base.in_features, base.out_features, bias=base.bias is not None, device="meta"
+        )
+        merged.weight = nn.Parameter(weight, requires_grad=False)
+        if base.bias is not None:
+            merged.bias = base.bias
+        model.set_submodule(name, merged)
+
+
+def randomize(module: nn.Module, std: float) -> None:
+    """Linear weights from N(0, std²), biases zero; norms stay as they are."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def bars_for_people_only() -> None:
+    """Switch the bars of transformers off where stderr is no terminal, as ours are."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
+def load_causal_lm(name: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """``AutoModelForCausalLM.from_pretrained``, with an error of one line.
+
+    Raises:
+        InputError: If there is no such model, or it cannot be read.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"the language model {name!r} cannot be loaded: {reason}") from error
 
 
 def run_cached(trunk: Any, cache: Any, **inputs: Any) -> Tensor:

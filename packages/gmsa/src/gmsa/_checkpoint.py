@@ -15,14 +15,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gmsa._backbone import lora_layers, lora_state
+from gmsa._backbone import load_causal_lm, lora_layers, lora_state
+from gmsa.stages import add_decoder_lora, unshare_base
 from shared_core.errors import InputError
 from shared_core.run import atomic_path, to_plain
 
 if TYPE_CHECKING:
     from gmsa.model import GMSAModel
 
-__all__ = ["COMPRESSOR_NAME", "fingerprint", "load_compressor", "load_into", "save_compressor"]
+__all__ = [
+    "COMPRESSOR_NAME",
+    "base_fingerprint",
+    "fingerprint",
+    "is_checkpoint",
+    "load_compressor",
+    "load_into",
+    "save_compressor",
+]
 
 COMPRESSOR_NAME = "compressor.safetensors"
 DECODER_NAME = "decoder"
@@ -133,6 +142,11 @@ def _save_decoder_lora(
     config.save_pretrained(str(folder))
 
 
+def is_checkpoint(name: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a checkpoint of a compressor (rather than of a plain model)."""
+    return (Path(name) / COMPRESSOR_NAME).is_file()
+
+
 def _folder(name: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> Path:
     """The local folder of a checkpoint, fetched from the hub if it is an id."""
     path = Path(name)
@@ -156,12 +170,12 @@ def load_compressor(
     *,
     base_model: str | os.PathLike[str] | nn.Module | None,
     share_base: bool,
+    check_base: bool,
     hub_kwargs: Mapping[str, Any],
     load_kwargs: Mapping[str, Any],
 ) -> "GMSAModel":
     """Load a checkpoint strictly; see `GMSAModel.from_pretrained`."""
     from gmsa.configuration import GMSAConfig
-    from gmsa.model import load_causal_lm
 
     folder = _folder(name, hub_kwargs)
     for needed in ("config.json", COMPRESSOR_NAME):
@@ -177,6 +191,8 @@ def load_compressor(
     base = base_model if base_model is not None else config.base_model_name_or_path
     if base is None:
         raise InputError(f"{folder} does not say what its base model is; give base_model=…")
+    if isinstance(base, str) and base.startswith(".") and (folder / base).is_dir():
+        base = (folder / base).resolve()  # "../base": beside the checkpoint
     decoder: Any = base if isinstance(base, nn.Module) else load_causal_lm(base, **load_kwargs)
     found = decoder.config.to_dict()
     for key in _BASE_KEYS:
@@ -185,17 +201,23 @@ def load_compressor(
                 f"the base model has {key} {found.get(key)!r}; the checkpoint was trained on "
                 f"{config.base_config[key]!r}"
             )
+    if check_base and config.base_fingerprint not in (None, base_fingerprint(decoder)):
+        raise InputError(
+            f"the base model {'given' if isinstance(base, nn.Module) else os.fspath(base)} has "
+            f"other weights than the one that {folder} was trained on; give that one as "
+            "base_model, or check_base=False if it was only rounded or quantised"
+        )
     tuning, config.decoder_tuning = config.decoder_tuning, "none"
     if not isinstance(base, nn.Module):
         config.base_model_name_or_path = os.fspath(base)
     model: GMSAModel = cls(config, decoder, share_base=share_base)
     if tuning == "full":
-        model.unshare_base()
+        unshare_base(model)
         model.decoder = load_causal_lm(folder / DECODER_NAME, **load_kwargs)
         place, dtype = next(decoder.parameters()).device, next(decoder.parameters()).dtype
         model.decoder.to(device=place, dtype=dtype)
     elif tuning == "lora":
-        model.add_decoder_lora()
+        add_decoder_lora(model)
     model.config.decoder_tuning = tuning
     load_into(model, folder, decoder=tuning == "lora")
     model.requires_grad_(False)
@@ -296,9 +318,33 @@ def fingerprint(model: "GMSAModel") -> str:
         if part is None:
             continue
         for key, value in sorted(part.state_dict().items()):
-            flat = value.detach().flatten()
-            step = max(1, len(flat) // 4096)
-            sample = flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy()
-            digest.update(f"{name}.{key}:{list(value.shape)}".encode())
-            digest.update(sample.tobytes())
+            _digest(digest, f"{name}.{key}", value)
     return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def base_fingerprint(decoder: nn.Module) -> str | None:
+    """A hash of a language model's weights, made as in `fingerprint`.
+
+    ``None`` where the weights are not all here (another process holds them, or nobody yet).
+
+    Example:
+        >>> from gmsa.demo_base import tiny_model
+        >>> base_fingerprint(tiny_model(0)) == base_fingerprint(tiny_model(1))
+        False
+    """
+    digest = hashlib.sha256()
+    for name, parameter in decoder.named_parameters():
+        if parameter.device.type == "meta" or not parameter.numel():
+            return None
+        _digest(digest, name, parameter)
+    return digest.hexdigest()[:32]
+
+
+def _digest(digest: Any, name: str, value: Tensor) -> None:
+    """Add at most 4096 values of a tensor, evenly spread, to a hash."""
+    flat = value.detach().flatten()
+    step = max(1, len(flat) // 4096)
+    sample = flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+    digest.update(f"{name}:{list(value.shape)}".encode())
+    digest.update(sample.tobytes())

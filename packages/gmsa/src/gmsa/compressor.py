@@ -1,6 +1,7 @@
 """The compressor for strings: compress, answer, reconstruct."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -9,14 +10,35 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from gmsa._backbone import bars_for_people_only
 from gmsa._checkpoint import fingerprint
 from gmsa.merging import as_rates
 from gmsa.model import GMSAModel
 from gmsa.soft_tokens import SoftTokens
 from gmsa.streaming import compress_long, compress_windows
+from shared_core.device import seed_everything, select_device, select_dtype
 from shared_core.errors import InputError
 
-__all__ = ["GMSACompressor"]
+__all__ = ["GMSACompressor", "load_tokenizer", "open_compressor"]
+
+
+def load_tokenizer(name: str | None) -> Any:
+    """A model's tokenizer; one without padding pads with its end of sequence, and says so once.
+
+    Raises:
+        InputError: If it is not there.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the tokenizer of {name!r} cannot be loaded: {reason}") from error
+    if tokenizer.pad_token is None:
+        warnings.warn(
+            f"the tokenizer of {name} has no padding token; its end of sequence pads", stacklevel=2
+        )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 class GMSACompressor:
@@ -46,13 +68,7 @@ class GMSACompressor:
             InputError: If a part is missing or does not fit.
         """
         model = GMSAModel.from_pretrained(path_or_id, **hf_kwargs)
-        name = model.config.base_model_name_or_path
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"the tokenizer of {name!r} cannot be loaded: {reason}") from error
-        return cls(model, tokenizer)
+        return cls(model, load_tokenizer(model.config.base_model_name_or_path))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -103,7 +119,29 @@ class GMSACompressor:
             InputError: If a text is empty, or a number is not accepted.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        rows = self._encode(texts)
+        return self.compress_ids(
+            self._encode(texts),
+            rate,
+            target_tokens=target_tokens,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            exact=exact,
+            allow_empty=allow_empty,
+        )
+
+    @torch.no_grad()
+    def compress_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        rate: int = 4,
+        *,
+        target_tokens: int | None = None,
+        batch_size: int = 8,
+        chunk_size: int | None = None,
+        exact: bool = True,
+        allow_empty: bool = False,
+    ) -> SoftTokens:
+        """As `compress`, from token ids."""
         if not rows:
             raise InputError("there is no text to compress")
         if target_tokens is not None and target_tokens < 1:
@@ -160,16 +198,35 @@ class GMSACompressor:
         soft = context if isinstance(context, SoftTokens) else self.compress(context, rate)
         if len(soft) not in (1, len(questions)):
             raise InputError(f"there are {len(questions)} questions for {len(soft)} contexts")
-        rows = self._encode([prompt_template.replace("{prompt}", q) for q in questions])
-        answers: list[str] = []
-        for begin in range(0, len(rows), batch_size):
-            prompts, mask = self._pad(rows[begin : begin + batch_size])
-            some = range(begin, begin + len(prompts))
-            part = soft[[0] * len(prompts)] if len(soft) == 1 else soft[list(some)]
-            new = self.model.generate(part, prompts, mask, **gen_kwargs)
-            answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers = [a.strip() for a in answers]
+        prompts = [prompt_template.replace("{prompt}", q) for q in questions]
+        rows = self.answer_ids(prompts, soft, batch_size=batch_size, **gen_kwargs)
+        answers = [a.strip() for a in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
         return answers[0] if isinstance(question, str) else answers
+
+    def answer_ids(
+        self, prompts: Sequence[str], soft: SoftTokens, *, batch_size: int = 8, **gen_kwargs: Any
+    ) -> list[list[int]]:
+        """The new token ids after each prompt, up to the end of sequence and without it.
+
+        Args:
+            prompts: As they are.
+            soft: One context a prompt, or one for all.
+            batch_size: Prompts run together.
+            gen_kwargs: Those of ``generate``.
+        """
+        rows = self._encode(prompts)
+        known = self.model.decoder.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        ends.update(known if isinstance(known, list) else [known])
+        found: list[list[int]] = []
+        for begin in range(0, len(rows), batch_size):
+            ids, mask = self._pad(rows[begin : begin + batch_size])
+            some = range(begin, begin + len(ids))
+            part = soft[[0] * len(ids)] if len(soft) == 1 else soft[list(some)]
+            for new in self.model.generate(part, ids, mask, **gen_kwargs).tolist():
+                stop = next((i for i, token in enumerate(new) if token in ends), len(new))
+                found.append(new[:stop])
+        return found
 
     def reconstruct(
         self, text: str | SoftTokens, rate: int = 4, *, max_new_tokens: int | None = None
@@ -209,3 +266,35 @@ class GMSACompressor:
         after = -(-len(row) // rate)
         ratio = len(row) / after if after else 1.0
         return {"origin_tokens": len(row), "compressed_tokens": after, "ratio": ratio}
+
+
+def open_compressor(
+    checkpoint: str,
+    device: str = "auto",
+    seed: int = 0,
+    dtype: str = "auto",
+    attn: str = "sdpa",
+    base_model: str | None = None,
+) -> GMSACompressor:
+    """The compressor of a checkpoint on a device, with every generator seeded.
+
+    Args:
+        checkpoint: Folder or hub id.
+        device: See `shared_core.device.select_device`.
+        seed: Of every random draw.
+        dtype: ``auto`` as it was saved, ``float32``, ``bfloat16`` or ``float16``.
+        attn: Attention of transformers.
+        base_model: Its base, if not where the checkpoint says.
+
+    Raises:
+        InputError: If something is not there, or does not fit.
+    """
+    place = select_device(device)
+    seed_everything(seed)
+    bars_for_people_only()
+    kind = "auto" if dtype == "auto" else select_dtype(dtype, place)
+    found = GMSACompressor.from_pretrained(
+        checkpoint, dtype=kind, attn_implementation=attn, base_model=base_model
+    )
+    found.model.to(place)
+    return found

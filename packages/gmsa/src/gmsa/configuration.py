@@ -5,13 +5,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from gmsa.presets import RESTATE_INSTRUCTION
 from gmsa.rates import SAMPLINGS, check_rates
 from shared_core.errors import InputError
 
-__all__ = ["RESTATE_INSTRUCTION", "GMSAConfig"]
-
-RESTATE_INSTRUCTION = "Restate the aforementioned Text."
-"""The instruction X_ins of the autoencoding stage, as in the paper's figure."""
+__all__ = ["GMSAConfig"]
 
 _CHOICES = {
     "merging": ("groups", "memory", "embeddings"),
@@ -27,6 +25,8 @@ class GMSAConfig(PretrainedConfig):
     Args:
         base_model_name_or_path: Hub id or folder of the language model that is encoder and decoder.
         base_config: Its configuration as a dict; filled in by `GMSAModel.from_backbone`.
+        base_fingerprint: A hash of its weights, so that a checkpoint refuses another base; filled
+            in likewise.
         encoder_layers: k, the number of its first blocks that encode.
         lsa_layers: k_LSA, the number of its first blocks that align.
         merging: ``groups`` (the paper), ``memory`` (learned tokens appended to the context whose
@@ -63,6 +63,7 @@ class GMSAConfig(PretrainedConfig):
         self,
         base_model_name_or_path: str | None = None,
         base_config: dict[str, Any] | None = None,
+        base_fingerprint: str | None = None,
         encoder_layers: int = 8,
         lsa_layers: int = 1,
         merging: str = "groups",
@@ -86,6 +87,7 @@ class GMSAConfig(PretrainedConfig):
     ) -> None:
         self.base_model_name_or_path = base_model_name_or_path
         self.base_config = dict(base_config or {})
+        self.base_fingerprint = base_fingerprint
         self.encoder_layers = encoder_layers
         self.lsa_layers = lsa_layers
         self.merging = merging

@@ -1,18 +1,137 @@
-"""Training samples of both stages, and batches of them with compression rates drawn at random."""
+"""Records from files, samples of both stages, and batches with compression rates drawn at random.
 
+A record has ``input`` (the context), ``prompt`` (a question about it) and ``answer``, a string or
+a list of those that are right.
+"""
+
+import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gmsa.configuration import RESTATE_INSTRUCTION
 from gmsa.losses import IGNORED
+from gmsa.presets import RESTATE_INSTRUCTION
 from gmsa.rates import SAMPLINGS, check_rates, draw_rate
 from shared_core.errors import InputError
 
-__all__ = ["AutoencodingDataset", "GMSADataCollator", "QADataset"]
+__all__ = [
+    "AutoencodingDataset",
+    "GMSADataCollator",
+    "QADataset",
+    "read_documents",
+    "read_records",
+    "read_text",
+]
+
+QA_FIELDS = ("input", "prompt", "answer")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: If it cannot be read, or is not UTF-8.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "a.txt"
+        >>> _ = path.write_text("ba be")
+        >>> read_text(path)
+        'ba be'
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{os.fspath(path)} cannot be read as text: {error}") from error
+
+
+def read_documents(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
+    """Documents by id: text files under their names, and lines of JSON under their ``id``.
+
+    Args:
+        paths: Files; of those ending in ``.json`` or ``.jsonl`` every line is an object with
+            ``input`` and, if it has no ``id``, is called FILE:NUMBER.
+
+    Raises:
+        InputError: If a file cannot be read, or an id occurs twice.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "a.txt"
+        >>> _ = path.write_text("ba be")
+        >>> read_documents([path])
+        {'a.txt': 'ba be'}
+    """
+    documents: dict[str, str] = {}
+    for path in map(Path, paths):
+        if path.suffix in (".jsonl", ".json"):
+            records = read_records(path, ("input",))
+            named = [
+                (str(r.get("id", f"{path.name}:{i}")), r["input"]) for i, r in enumerate(records, 1)
+            ]
+        else:
+            named = [(path.name, read_text(path))]
+        for name, text in named:
+            if name in documents:
+                raise InputError(f"two documents have the id {name!r}; ids have to differ")
+            documents[name] = text
+    return documents
+
+
+def read_records(
+    path: str | os.PathLike[str], fields: Sequence[str] = QA_FIELDS
+) -> list[dict[str, Any]]:
+    """Read records from JSON lines, or contexts from a text file, one a line.
+
+    Args:
+        path: A file; one that does not end in ``.txt`` holds a JSON object a line.
+        fields: What every record has to have. A text file gives ``input`` only.
+
+    Raises:
+        InputError: If the file cannot be read or has no record; with the line's number if a line
+            is no JSON object, lacks a field, or a field is of the wrong type.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "a.jsonl"
+        >>> _ = path.write_text('{"input": "ba be", "prompt": "ba", "answer": ["be"]}')
+        >>> read_records(path)[0]["answer"]
+        ['be']
+    """
+    place = Path(path)
+    lines = read_text(place).split("\n")
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{place}, line {number}"
+        if place.suffix == ".txt":
+            record: Any = {"input": line}
+        else:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}: no JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: not a JSON object")
+        _check_record(record, fields, where)
+        records.append(record)
+    if not records:
+        raise InputError(f"{place} has no records")
+    return records
+
+
+def _check_record(record: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
+    for field in fields:
+        if field not in record:
+            raise InputError(f"{where} has no {field!r}; needed: {', '.join(fields)}")
+        value = record[field]
+        several = field == "answer" and isinstance(value, list) and bool(value)
+        if not all(isinstance(v, str) for v in (value if several else [value])):
+            kind = "a string or a list of strings" if field == "answer" else "a string"
+            raise InputError(f"{where}: {field!r} is {type(value).__name__}; accepted: {kind}")
 
 
 class _Samples(Dataset[dict[str, Any]]):
@@ -111,9 +230,7 @@ class QADataset(_Samples):
     ) -> None:
         super().__init__(tokenizer, max_length)
         for number, record in enumerate(records):
-            for field in ("input", "prompt", "answer"):
-                if field not in record:
-                    raise InputError(f"record {number} has no {field!r}")
+            _check_record(record, QA_FIELDS, f"record {number}")
             given = record["answer"]
             answers = [a for a in ([given] if isinstance(given, str) else given) if a.strip()]
             if not answers:

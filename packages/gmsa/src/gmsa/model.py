@@ -8,29 +8,30 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from gmsa._backbone import (
     add_lora,
     check_causal_lm,
     first_blocks,
-    lora_layers,
+    load_causal_lm,
     make_logits,
+    merge_lora,
+    randomize,
     trunk_of,
-    unshare,
 )
-from gmsa._checkpoint import load_compressor, save_compressor
+from gmsa._checkpoint import base_fingerprint, load_compressor, save_compressor
+from gmsa._memory import memory_states, new_memory
 from gmsa.configuration import GMSAConfig
 from gmsa.losses import IGNORED, label_cross_entropy
-from gmsa.merging import Rate, as_rates, compact_rows, group_merge, num_groups
+from gmsa.merging import Rate, as_rates, compact_rows, group_merge
 from gmsa.sequences import join_rows
 from gmsa.soft_tokens import SoftTokens
+from gmsa.stages import freeze_for_stage, unshare_base
 from shared_core.errors import InputError
 
-__all__ = ["STAGES", "GMSAModel", "GMSAOutput"]
-
-STAGES = ("autoencoding", "keft")
+__all__ = ["GMSAModel", "GMSAOutput"]
 
 
 @dataclass
@@ -45,7 +46,7 @@ class GMSAOutput(ModelOutput):
         num_soft_tokens: Soft tokens they became.
     """
 
-    loss: Tensor | None = None
+    loss: Any = None  # accelerate makes outputs anew, with a dict in the first place
     num_label_tokens: Tensor | None = None
     num_correct: Tensor | None = None
     num_tokens: Tensor | None = None
@@ -121,24 +122,19 @@ class GMSAModel(PreTrainedModel):
                 config.lora_targets,
             )
         if config.merging == "memory":
-            table = trunk.get_input_embeddings().weight.detach()
-            spread = table.float().std(0, keepdim=True)
-            fresh = torch.randn(config.memory_tokens, width).to(place) * spread
-            self.memory = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
-                (table.float().mean(0) + fresh).to(dtype), freeze=False
-            )
+            self.memory = new_memory(trunk.get_input_embeddings().weight, config.memory_tokens)
         if config.alignment == "lsa":
             self.lsa = first_blocks(decoder, config.lsa_layers, copy_blocks=True, embed=False)
             if config.lsa_init == "random":
                 std = getattr(trunk.config, "initializer_range", 0.02)
-                _randomize(self.lsa.layers, std)
+                randomize(self.lsa.layers, std)
             if not config.lsa_final_norm:
                 self.lsa.norm = nn.Identity()
         elif config.alignment == "linear":
             self.projection = nn.Linear(width, width, device=place, dtype=dtype)
         self.decoder: Any = decoder
         if not share_base:
-            self.unshare_base()
+            unshare_base(self)
         self.freeze_for_stage("autoencoding")
         self.eval()
 
@@ -188,6 +184,7 @@ class GMSAModel(PreTrainedModel):
         check_causal_lm(decoder)
         config.base_model_name_or_path = name or config.base_model_name_or_path
         config.base_config = decoder.config.to_dict()
+        config.base_fingerprint = base_fingerprint(decoder)
         return cls(config, decoder, share_base=share_base)
 
     @classmethod
@@ -200,6 +197,7 @@ class GMSAModel(PreTrainedModel):
         attn_implementation: str | None = "sdpa",
         device_map: Any = None,
         share_base: bool = True,
+        check_base: bool = True,
         **hub_kwargs: Any,
     ) -> "GMSAModel":
         """Load what `save_pretrained` wrote; strict: a wrong or missing tensor is an error.
@@ -212,6 +210,8 @@ class GMSAModel(PreTrainedModel):
             attn_implementation: See `from_backbone`.
             device_map: See `from_backbone`.
             share_base: See `from_backbone`.
+            check_base: Refuse a base with other weights than the one trained on. Turn it off for a
+                base that was rounded or quantised.
             hub_kwargs: ``revision``, ``token``, ``cache_dir`` and the like, for hub ids.
 
         Raises:
@@ -222,6 +222,7 @@ class GMSAModel(PreTrainedModel):
             pretrained_model_name_or_path,
             base_model=base_model,
             share_base=share_base,
+            check_base=check_base,
             hub_kwargs=hub_kwargs,
             load_kwargs={
                 "dtype": dtype,
@@ -273,69 +274,12 @@ class GMSAModel(PreTrainedModel):
         Raises:
             InputError: If a word is not accepted.
         """
-        if stage not in STAGES:
-            raise InputError(f"stage is {stage!r}; accepted: {', '.join(STAGES)}")
-        if decoder_tuning not in ("full", "lora"):
-            raise InputError(f"decoder_tuning is {decoder_tuning!r}; accepted: full, lora")
-        self.requires_grad_(False)
-        if stage == "autoencoding":
-            for part in (
-                self.lsa.layers if self.lsa is not None else None,
-                self.projection,
-                self.memory,
-            ):
-                if part is not None:
-                    part.requires_grad_(True)
-            if self.encoder is not None:
-                for name, parameter in self.encoder.named_parameters():
-                    parameter.requires_grad_("lora_" in name)
-            return
-        if decoder_tuning == "full":
-            if self.config.decoder_tuning == "lora":
-                raise InputError("the decoder already has LoRA; go on with decoder_tuning='lora'")
-            self.unshare_base()
-            self.decoder.requires_grad_(True)
-        else:
-            if self.config.decoder_tuning == "full":
-                raise InputError(
-                    "the decoder was fully fine-tuned; go on with decoder_tuning='full'"
-                )
-            if self.config.decoder_tuning != "lora":
-                self.add_decoder_lora()
-            for name, parameter in self.decoder.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-        self.config.decoder_tuning = decoder_tuning
-
-    def add_decoder_lora(self) -> None:
-        """Put fresh LoRA on the decoder's linear layers; `freeze_for_stage` calls this."""
-        add_lora(
-            self.decoder,
-            self.config.decoder_lora_r,
-            self.config.decoder_lora_alpha,
-            self.config.lora_dropout,
-            "all-linear",
-        )
-
-    def unshare_base(self) -> None:
-        """Give encoder and alignment their own copies of what they share with the decoder."""
-        for part in (self.encoder, self.lsa):
-            if part is not None:
-                unshare(part, self.decoder)
+        freeze_for_stage(self, stage, decoder_tuning)
 
     def merge_encoder_lora(self) -> None:
         """Fold the LoRA into the encoder's weights, for speed; it cannot be saved afterwards."""
-        if self.encoder is None:
-            return
-        for name, layer in list(lora_layers(self.encoder)):
-            base = layer.get_base_layer()
-            weight = base.weight.detach() + layer.get_delta_weight("default").to(base.weight.dtype)
-            merged = nn.Linear(
-                base.in_features, base.out_features, bias=base.bias is not None, device="meta"
-            )
-            merged.weight = nn.Parameter(weight, requires_grad=False)
-            if base.bias is not None:
-                merged.bias = base.bias
-            self.encoder.set_submodule(name, merged)
+        if self.encoder is not None:
+            merge_lora(self.encoder)
 
     def train(self, mode: bool = True) -> "GMSAModel":
         """Switch dropout on in the parts that train, and off in all others."""
@@ -344,7 +288,33 @@ class GMSAModel(PreTrainedModel):
             for part in (self.encoder, self.lsa, self.decoder):
                 if part is not None and not any(p.requires_grad for p in part.parameters()):
                     part.eval()
+                    # A frozen block recomputes its activations only if it believes to train.
+                    for block in trunk_of(part).layers if part is self.decoder else part.layers:
+                        block.training = bool(getattr(block, "gradient_checkpointing", False))
         return self
+
+    def checkpoint_activations(self, part: str) -> None:
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Args:
+            part: ``encoder``, ``decoder``, ``all`` or ``none``.
+
+        Raises:
+            InputError: If the word is not accepted.
+        """
+        parts = {
+            "none": [],
+            "encoder": [self.encoder, self.lsa],
+            "decoder": [self.decoder],
+            "all": [self.encoder, self.lsa, self.decoder],
+        }
+        if part not in parts:
+            raise InputError(f"part is {part!r}; accepted: {', '.join(parts)}")
+        for module in parts[part]:
+            if module is not None:
+                newer = getattr(module, "activation_checkpointing_enable", None)
+                (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.train(self.training)
 
     # --- compression --------------------------------------------------------------------------
 
@@ -368,25 +338,7 @@ class GMSAModel(PreTrainedModel):
         if self.memory is None:
             hidden = self.encoder(input_ids=ids, use_cache=False).last_hidden_state
             return group_merge(hidden, mask, rates)
-        if mask is None:
-            mask = torch.ones_like(ids, dtype=torch.bool)
-        groups = num_groups(mask.sum(1), rates)
-        G = int(groups.max())
-        if self.config.memory_tokens < G:
-            raise InputError(
-                f"{G} memory tokens are needed, there are {self.config.memory_tokens}; "
-                "take a higher rate or more memory_tokens"
-            )
-        summary = torch.arange(G, device=ids.device) < groups[:, None]
-        texts = self.encoder.get_input_embeddings()(ids)
-        slots = self.memory.weight[:G].to(texts.dtype).expand(len(ids), G, -1)
-        joined, _ = join_rows([(texts, mask), (slots, summary)])
-        hidden = self.encoder(inputs_embeds=joined, use_cache=False).last_hidden_state
-        where = (mask.sum(1, keepdim=True) + torch.arange(G, device=ids.device)).clamp(
-            max=hidden.shape[1] - 1
-        )
-        states = hidden.gather(1, where[:, :, None].expand(-1, -1, hidden.shape[2]))
-        return states.masked_fill(~summary[:, :, None], 0), summary
+        return memory_states(self.encoder, self.memory, ids, mask, rates)
 
     def align(self, merged: Float[Tensor, "B G d"]) -> Float[Tensor, "B G d"]:
         """e_m = F_kLSA(H̄): into the decoder's input space."""
@@ -601,25 +553,3 @@ class GMSAModel(PreTrainedModel):
             inputs_embeds=embeds, attention_mask=mask.long(), **{**options, **gen_kwargs}
         )
         return new
-
-
-def _randomize(module: nn.Module, std: float) -> None:
-    """Linear weights from N(0, std²), biases zero; norms stay as they are."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=std)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-
-def load_causal_lm(name: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """``AutoModelForCausalLM.from_pretrained``, with an error of one line.
-
-    Raises:
-        InputError: If there is no such model, or it cannot be read.
-    """
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"the language model {name!r} cannot be loaded: {reason}") from error

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from shared_core.errors import InputError
 
-__all__ = ["SAMPLINGS", "check_rates", "draw_rate"]
+__all__ = ["SAMPLINGS", "check_rates", "draw_rate", "parse_rates"]
 
 SAMPLINGS = ("sample", "batch", "fixed")
 
@@ -24,6 +24,24 @@ def check_rates(rates: Sequence[int], name: str = "rates") -> list[int]:
     if not found or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in found):
         raise InputError(f"{name} are {found}; accepted: one or more whole numbers from 1 on")
     return found
+
+
+def parse_rates(text: str) -> list[int]:
+    """The rates in a list with commas.
+
+    Raises:
+        InputError: If one is not a whole number from 1 on.
+
+    Example:
+        >>> parse_rates("4,8")
+        [4, 8]
+    """
+    try:
+        return check_rates([int(part) for part in text.split(",")])
+    except ValueError:
+        raise InputError(
+            f"rates are {text!r}; accepted: whole numbers from 1 on, by commas"
+        ) from None
 
 
 def draw_rate(rates: Sequence[int], seed: int, epoch: int, index: int) -> int:

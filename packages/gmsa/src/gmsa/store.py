@@ -113,6 +113,17 @@ class SoftTokenStore:
     def __iter__(self) -> Iterator[str]:
         return iter(self._documents)
 
+    def lengths(self, name: str) -> tuple[int, int]:
+        """How many tokens a document had, and how many soft tokens it has.
+
+        Raises:
+            InputError: If it is not there.
+        """
+        entry = self._documents.get(name)
+        if entry is None:
+            raise InputError(f"{name!r} is not among the {len(self)} documents of {self.path}")
+        return entry["n_tokens"], -(-entry["n_tokens"] // entry["rate"])
+
     def key(self, text: str, rate: int) -> str:
         """The key of a text at a rate with this compressor, for callers without ids.
 

@@ -4,6 +4,8 @@
 interface, `internet_neg.evaluate` the protocol, `internet_neg.presets` the paper's settings.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from internet_neg.bank import NegativeBank
 from internet_neg.baselines import MCMDetector, NegLabelDetector
 from internet_neg.config import InterNegConfig
@@ -23,6 +25,9 @@ from internet_neg.selection import (
 from internet_neg.vocabulary import Vocabulary
 from shared_core.metrics import ood_metrics
 
+if TYPE_CHECKING:
+    from shared_core.metrics import OODMetrics
+
 __all__ = [
     "DualEncoder",
     "HFClipEncoder",
@@ -35,6 +40,7 @@ __all__ = [
     "NegativeText",
     "NoAdmissibleNegativesError",
     "NotFittedError",
+    "OODMetrics",
     "OODOutput",
     "OpenClipEncoder",
     "ProxyBuilder",
@@ -51,3 +57,11 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OODMetrics":  # torchmetrics takes seconds to import
+        from shared_core.metrics import OODMetrics
+
+        return OODMetrics
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,7 +47,7 @@ class NegLabelDetector(InterNegDetector):
             chunk=self.config.chunk_size,
         )
 
-    def _proxies(self, source: Any, T: Tensor, unlabelled: Any) -> Tensor:
+    def _proxies(self, source: Any, T: Tensor, unlabelled: Any, sync: bool = False) -> Tensor:
         return T
 
     def _gates(self, update: bool) -> bool:
@@ -73,12 +73,13 @@ class MCMDetector(InterNegDetector):
 
     title = "MCM"
 
-    def fit(self, source: Any, *, unlabelled: Any = None) -> "MCMDetector":
+    def fit(self, source: Any, *, unlabelled: Any = None, sync: bool = False) -> "MCMDetector":
         """Embed the class names.
 
         Args:
             source: Not used.
             unlabelled: Not used.
+            sync: Not used: there are few class names.
         """
         return self.fit_texts(self._texts(self.config.class_prompt, self.classnames))
 

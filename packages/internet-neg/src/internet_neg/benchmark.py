@@ -1,15 +1,15 @@
 """A comparison on image files: features once for all methods, then the protocol of `evaluate`."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from internet_neg._inputs import labelled_images, unlabelled_images
 from internet_neg.baselines import MCMDetector, NegLabelDetector
 from internet_neg.config import InterNegConfig
 from internet_neg.detector import InterNegDetector
@@ -17,16 +17,21 @@ from internet_neg.errors import InterNegError
 from internet_neg.evaluate import StreamResult, compare, read_imglist
 from internet_neg.models import load_transform
 from internet_neg.presets import NEGLABEL, ImageList, get_benchmark, imagenet_classnames
-from internet_neg.proxies import class_folders, embed_images, is_image
+from internet_neg.proxies import embed_images
 from internet_neg.vocabulary import Vocabulary
-from shared_core.errors import InputError
-from shared_core.run import load_state, save_state
 
-__all__ = ["METHODS", "Settings", "run_benchmark"]
+__all__ = [
+    "METHODS",
+    "Prepared",
+    "Settings",
+    "default_groups",
+    "prepare_benchmark",
+    "run_benchmark",
+]
 
 METHODS = ("mcm", "neglabel", "text-only", "interneg")
 
-Files = tuple[list[Path], list[int]]
+Images = tuple[list[Any], list[int]]
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,9 @@ class Settings:
     """
 
     classnames: list[str]
-    known: Files
-    shots: Files
-    unknown: dict[str, list[Path]]
+    known: Images
+    shots: Images
+    unknown: dict[str, list[Any]]
     config: InterNegConfig
     neglabel: InterNegConfig
     batch_size: int = 256
@@ -65,7 +70,7 @@ class Settings:
             raise InterNegError(f"the preset {name} reads images of your own: give --data-root")
         root = Path(data_root)
 
-        def read(part: ImageList) -> Files:
+        def read(part: ImageList) -> Images:
             path = root / "benchmark_imglist" / part.imglist
             found = read_imglist(path, root / "images_largescale")
             if len(found[0]) != part.count:
@@ -87,47 +92,40 @@ class Settings:
         )
 
     @classmethod
-    def from_folders(
+    def from_sources(
         cls,
-        classnames: list[str],
-        known: Path,
-        id_images: Path,
+        classnames: list[str] | None,
+        known: str,
+        id_images: str,
         ood: Sequence[str],
         *,
         negatives: int,
-        groups: int,
+        groups: int | None,
     ) -> "Settings":
-        """Folders and lists of your own.
+        """Images of your own, or data sets of the hub; see `labelled_images` of ``_inputs``.
 
         Args:
-            classnames: Names of the known classes.
-            known: Folder with a subfolder for each class, or a list.
-            id_images: Folder with a subfolder for each class.
-            ood: ``NAME=PATH`` for each set.
+            classnames: Names of the known classes; None takes those of `id_images`.
+            known: Test images of the known classes.
+            id_images: Images of them for the proxies.
+            ood: ``NAME=SOURCE`` for each set of unknown images.
             negatives: M of InterNeg and NegLabel.
-            groups: G of both.
+            groups: G of both; None is 5 from 100 classes on, else 1.
 
         Raises:
             InterNegError: If something is missing.
         """
         unknown = {}
         for item in ood:
-            name, _, where = item.partition("=")
-            if not where:
-                raise InterNegError(f"--ood {item!r}; accepted: NAME=FOLDER or NAME=LIST")
-            path = Path(where)
-            if path.is_dir():
-                files = sorted(file for file in path.rglob("*") if is_image(file))
-            else:
-                files = read_imglist(path, path.parent)[0]
-            if not files:
-                raise InterNegError(f"there are no images in {path}")
-            unknown[name] = files
-        config = InterNegConfig(negatives=negatives, groups=groups)
-        images, labels = _labelled(id_images, classnames)
+            name, _, source = item.partition("=")
+            if not source:
+                raise InterNegError(f"--ood {item!r}; accepted: NAME=FOLDER, NAME=LIST or a hub id")
+            unknown[name] = unlabelled_images(source, "test")
+        images, labels, names = labelled_images(id_images, "train", classnames)
+        config = InterNegConfig(negatives=negatives, groups=default_groups(groups, len(names)))
         return cls(
-            classnames,
-            _labelled(known, classnames) if known.is_dir() else read_imglist(known, known.parent),
+            names,
+            labelled_images(known, "test", names)[:2],
             _draw(images, labels, config.shots or 16, config.seed),
             unknown,
             config,
@@ -153,16 +151,35 @@ class Settings:
         }
 
 
-def run_benchmark(
+@dataclass
+class Prepared:
+    """Fitted detectors and the features that they share.
+
+    Attributes:
+        detectors: By method.
+        known: Features of the known test images.
+        labels: Their classes.
+        unknown: Features of every set of unknown images.
+        settings: What they come from.
+    """
+
+    detectors: dict[str, InterNegDetector]
+    known: Tensor
+    labels: Tensor
+    unknown: dict[str, Tensor]
+    settings: Settings
+
+
+def prepare_benchmark(
     encoder: Any,
     settings: Settings,
     methods: Sequence[str],
     vocabulary: Vocabulary,
     cache: Path | None = None,
     *,
-    rank_by: str = "margin",
-) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[tuple[str, str], StreamResult], int]:
-    """Embed all images once, fit the methods, and compare them.
+    sync: bool = False,
+) -> Prepared:
+    """Embed all images and words once, and fit the methods.
 
     Args:
         encoder: The model.
@@ -170,24 +187,31 @@ def run_benchmark(
         methods: Some of `METHODS`.
         vocabulary: Candidate words.
         cache: Folder that keeps features; None keeps none.
-        rank_by: ``margin`` or ``score``.
+        sync: With torch.distributed, whether the ranks share the work; all have to call.
 
-    Returns:
-        What `internet_neg.evaluate.compare` returns, and the number of known images.
+    Raises:
+        InterNegError: If a method is not known, a label is none of the classes, or an image is
+            missing or broken.
     """
-    if not methods or (unknown := [m for m in methods if m not in METHODS]):
+    if not methods or (strange := [m for m in methods if m not in METHODS]):
         raise InterNegError(
-            f"methods {', '.join(unknown) if methods else 'are missing'}; "
+            f"methods {', '.join(strange) if methods else 'are missing'}; "
             f"accepted: {', '.join(METHODS)}"
         )
-    if rank_by not in ("margin", "score"):
-        raise InterNegError(f"rank_by={rank_by!r}; accepted: margin, score")
+    names = settings.classnames
+    wrong = [label for label in settings.known[1] if not 0 <= label < len(names)]
+    if wrong:
+        raise InterNegError(
+            f"a known test image has label {wrong[0]}; accepted: 0 to {len(names) - 1}, in the "
+            "order of the class names"
+        )
+    transform = load_transform(settings.transform, encoder)
 
-    def embed(files: list[Path]) -> Tensor:
-        return _cached_features(encoder, files, settings.transform, cache)
+    def embed(files: list[Any]) -> Tensor:
+        kept = None if cache is None else (cache, settings.transform)
+        return embed_images(encoder, files, transform=transform, cache=kept, sync=sync)
 
     source = {"features": embed(settings.shots[0]), "labels": torch.tensor(settings.shots[1])}
-    names = settings.classnames
     text_only = dataclasses.replace(settings.config, text_only=True)
     makers: dict[str, Callable[[], InterNegDetector]] = {
         "mcm": lambda: MCMDetector(encoder, names, InterNegConfig(), vocabulary, cache),
@@ -195,56 +219,41 @@ def run_benchmark(
         "text-only": lambda: InterNegDetector(encoder, names, text_only, vocabulary, cache),
         "interneg": lambda: InterNegDetector(encoder, names, settings.config, vocabulary, cache),
     }
-    detectors = {method: makers[method]().fit(source) for method in methods}
-    known = embed(settings.known[0])
-    table, streams = compare(
-        detectors,
-        known,
+    return Prepared(
+        {method: makers[method]().fit(source, sync=sync) for method in methods},
+        embed(settings.known[0]),
+        torch.tensor(settings.known[1]),
         {name: embed(files) for name, files in settings.unknown.items()},
-        labels=torch.tensor(settings.known[1]),
-        batch_size=settings.batch_size,
-        seeds=[settings.config.seed],
-        rank_by=cast(Literal["margin", "score"], rank_by),
+        settings,
     )
-    return table, streams, len(known)
 
 
-def _cached_features(
-    encoder: Any, files: list[Path], transform: str, folder: Path | None
-) -> Tensor:
-    if folder is None:
-        return embed_images(encoder, files, transform=load_transform(transform, encoder))
-    digest = hashlib.sha256(f"{encoder.fingerprint()} {transform}".encode())
-    for file in files:
-        try:
-            stat = file.stat()
-        except OSError as error:
-            raise InterNegError(f"the image {file} is not there") from error
-        digest.update(f"\0{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
-    path = folder / f"images-{digest.hexdigest()[:32]}.safetensors"
-    if path.is_file():
-        try:
-            features: Tensor = load_state(path)
-            return features.to(encoder.device)
-        except InputError:
-            path.unlink()  # a damaged cache is made anew
-    features = embed_images(encoder, files, transform=load_transform(transform, encoder))
-    save_state(path, features)
-    return features
+def run_benchmark(
+    prepared: Prepared, *, rank_by: Literal["margin", "score"] = "margin"
+) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[tuple[str, str], StreamResult]]:
+    """Compare fitted methods on the features that they share; see `internet_neg.evaluate.compare`.
+
+    Args:
+        prepared: What `prepare_benchmark` returned.
+        rank_by: ``margin`` or ``score``.
+    """
+    return compare(
+        prepared.detectors,
+        prepared.known,
+        prepared.unknown,
+        labels=prepared.labels,
+        batch_size=prepared.settings.batch_size,
+        seeds=[prepared.settings.config.seed],
+        rank_by=rank_by,
+    )
 
 
-def _labelled(folder: Path, classnames: list[str]) -> Files:
-    numbers = {name: index for index, name in enumerate(classnames)}
-    images, labels = [], []
-    for name, files in class_folders(folder).items():
-        if name not in numbers:
-            raise InterNegError(f"the folder {folder / name} is none of the class names")
-        images += files
-        labels += [numbers[name]] * len(files)
-    return images, labels
+def default_groups(groups: int | None, classes: int) -> int:
+    """G if it is given, else 5 from 100 classes on, and 1 for fewer."""
+    return groups if groups is not None else (5 if classes >= 100 else 1)
 
 
-def _draw(images: list[Path], labels: list[int], shots: int, seed: int) -> Files:
+def _draw(images: list[Any], labels: list[int], shots: int, seed: int) -> Images:
     """At most `shots` images of each class, so that no more than those are embedded."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     counts: dict[int, int] = {}

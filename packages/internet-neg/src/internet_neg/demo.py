@@ -20,7 +20,7 @@ from internet_neg.config import InterNegConfig
 from internet_neg.detector import InterNegDetector
 from internet_neg.encoders import OpenClipEncoder
 from internet_neg.errors import InterNegError
-from internet_neg.evaluate import StreamResult, compare
+from internet_neg.evaluate import CONVENTIONS, StreamResult, compare
 from internet_neg.mini_clip import FILE, load_mini_clip, save_mini_clip, train_mini_clip
 from internet_neg.proxies import embed_images
 from internet_neg.vocabulary import Vocabulary
@@ -37,12 +37,14 @@ from shared_core.data.shapes import (
 from shared_core.run import RunFolder, load_state, save_state
 
 __all__ = [
+    "CONVENTIONS",
     "TUNED_ON",
     "DemoSettings",
     "SeedResult",
     "demo_vocabulary",
     "figures",
     "get_encoder",
+    "order_holds",
     "run_seed",
     "summarize",
     "table",
@@ -260,14 +262,26 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
             **{
                 f"{name} {short}": percent(method, name, key)
                 for name in SETS
-                for short, key in (("AUROC", "auroc"), ("FPR95", "fpr95"))
+                for short, key in (("AUROC", "auroc"), ("FPR95 (ID+)", "fpr95"))
             },
             "mean AUROC": percent(method, "average", "auroc"),
-            "mean FPR95": percent(method, "average", "fpr95"),
-            "mean FPR95, OOD positive": percent(method, "average", "fpr95_ood_positive"),
+            "mean FPR95 (ID+)": percent(method, "average", "fpr95"),
+            "mean FPR95 (OOD+)": percent(method, "average", "fpr95_ood_positive"),
         }
         for method in summary
     ]
+
+
+def order_holds(summary: dict[str, Any]) -> bool:
+    """Whether InterNeg is ahead of NegLabel, and that of MCM, in mean AUROC and FPR95 (ID+).
+
+    Args:
+        summary: What `summarize` returned.
+    """
+    means = [summary[method]["average"] for method in ("InterNeg", "NegLabel", "MCM")]
+    aurocs = [float(entry["auroc"]["mean"]) for entry in means]
+    fprs = [float(entry["fpr95"]["mean"]) for entry in means]
+    return aurocs[0] > aurocs[1] > aurocs[2] and fprs[0] < fprs[1] < fprs[2]
 
 
 def tell(summary: dict[str, Any], seeds: int) -> str:
@@ -279,7 +293,7 @@ def tell(summary: dict[str, Any], seeds: int) -> str:
     ours = "InterNeg"
     parts = [
         f"Mean over near and far sets and {seeds} seed{'s' if seeds > 1 else ''}: InterNeg "
-        f"{value(ours, 'auroc'):.1f} AUROC, {value(ours, 'fpr95'):.1f} % FPR95 (known positive); "
+        f"{value(ours, 'auroc'):.1f} AUROC, {value(ours, 'fpr95'):.1f} % FPR95 (ID+); "
         f"NegLabel {value('NegLabel', 'auroc'):.1f}, {value('NegLabel', 'fpr95'):.1f}; "
         f"MCM {value('MCM', 'auroc'):.1f}, {value('MCM', 'fpr95'):.1f}."
     ]
@@ -288,8 +302,8 @@ def tell(summary: dict[str, Any], seeds: int) -> str:
         for name in SETS:
             for key, label, sign in (
                 ("auroc", "AUROC", 1),
-                ("fpr95", "FPR95", -1),
-                ("fpr95_ood_positive", "FPR95 with OOD positive", -1),
+                ("fpr95", "FPR95 (ID+)", -1),
+                ("fpr95_ood_positive", "FPR95 (OOD+)", -1),
             ):
                 difference = sign * (value(ours, key, name) - value(method, key, name))
                 if difference < 0:

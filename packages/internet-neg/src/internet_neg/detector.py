@@ -1,6 +1,5 @@
 """InterNeg as a detector: fit to the known classes, then score images one batch after another."""
 
-import json
 import math
 import os
 import warnings
@@ -13,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from internet_neg._checks import check_classnames, check_embeddings, normalize
+from internet_neg._features import text_features
 from internet_neg._outputs import NegativeText, OODOutput
 from internet_neg._parallel import gather_counts, gather_rows, is_parallel
-from internet_neg._texts import cached_text_features
+from internet_neg._saving import read_description, read_state, write_detector
 from internet_neg.bank import NegativeBank
 from internet_neg.config import InterNegConfig
 from internet_neg.encoders import DualEncoder
@@ -27,7 +27,7 @@ from internet_neg.selection import admissible, deviation, select_negatives
 from internet_neg.vocabulary import Vocabulary
 from shared_core.data.prompts import fill
 from shared_core.device import select_dtype
-from shared_core.run import load_state, progress, save_state, write_json
+from shared_core.run import progress
 
 __all__ = ["InterNegDetector", "NegativeText", "OODOutput"]
 
@@ -90,7 +90,7 @@ class InterNegDetector:
 
     # Fitting
 
-    def fit(self, source: Any, *, unlabelled: Any = None) -> "InterNegDetector":
+    def fit(self, source: Any, *, unlabelled: Any = None, sync: bool = False) -> "InterNegDetector":
         """Choose the negative texts.
 
         Args:
@@ -100,6 +100,8 @@ class InterNegDetector:
                 or the proxies [K, D] themselves. Without any: ``"text"`` takes the class texts in
                 their place, ``"stream"`` confident images of `unlabelled`; both are extensions.
             unlabelled: Images or embeddings for ``source="stream"``.
+            sync: With torch.distributed, whether the ranks share out the embedding of words and
+                images; all have to call, with the same arguments, and all get the same detector.
 
         Returns:
             The detector.
@@ -114,11 +116,18 @@ class InterNegDetector:
         config = self.config
         self._scale = self.encoder.scale
         T = normalize(self._texts(config.class_prompt, self.classnames))
-        P = self._proxies(source, T, unlabelled)
-        vocabulary = self._vocabulary()
-        nouns = normalize(self._texts(config.noun_prompt, vocabulary.nouns))
-        adjectives = normalize(self._texts(config.adjective_prompt, vocabulary.adjectives))
-        return self._fit(T, P, nouns, adjectives, vocabulary)
+        P = self._proxies(source, T, unlabelled, sync)
+        every = self._vocabulary()
+        left, self.removed_words = every.without(self.classnames, config.dedup)
+        parts = []
+        for prompt, words, kept in (
+            (config.noun_prompt, every.nouns, set(left.nouns)),
+            (config.adjective_prompt, every.adjectives, set(left.adjectives)),
+        ):
+            # All words are embedded, so that what is cached serves other class names too.
+            found = normalize(self._texts(prompt, words, sync))
+            parts.append(found[[i for i, word in enumerate(words) if word in kept]])
+        return self._fit(T, P, parts[0], parts[1], left)
 
     @classmethod
     def from_features(
@@ -217,9 +226,9 @@ class InterNegDetector:
         )
         self.reset()
 
-    def _texts(self, prompt: str, words: Sequence[str]) -> Tensor:
+    def _texts(self, prompt: str, words: Sequence[str], sync: bool = False) -> Tensor:
         assert self.encoder is not None
-        return cached_text_features(self.encoder, fill(prompt, words), self.cache_dir)
+        return text_features(self.encoder, fill(prompt, words), self.cache_dir, sync=sync)
 
     def _vocabulary(self) -> Vocabulary:
         if isinstance(self.vocabulary, str):
@@ -228,15 +237,12 @@ class InterNegDetector:
                     f"vocabulary {self.vocabulary!r}; accepted: wordnet, a Vocabulary (from_file "
                     "reads one), or words"
                 )
-            found = Vocabulary.wordnet()
-        elif isinstance(self.vocabulary, Vocabulary):
-            found = self.vocabulary
-        else:
-            found = Vocabulary(tuple(self.vocabulary))
-        found, self.removed_words = found.without(self.classnames, self.config.dedup)
-        return found
+            return Vocabulary.wordnet()
+        if isinstance(self.vocabulary, Vocabulary):
+            return self.vocabulary
+        return Vocabulary(tuple(self.vocabulary))
 
-    def _proxies(self, source: Any, T: Tensor, unlabelled: Any) -> Tensor:
+    def _proxies(self, source: Any, T: Tensor, unlabelled: Any, sync: bool = False) -> Tensor:
         assert self.encoder is not None
         if isinstance(source, str) and source == "text":
             warnings.warn(
@@ -256,7 +262,11 @@ class InterNegDetector:
         if isinstance(source, Tensor):
             return self._checked("proxies", source, T)
         builder = ProxyBuilder(
-            self.encoder, self.classnames, shots=self.config.shots, seed=self.config.seed
+            self.encoder,
+            self.classnames,
+            shots=self.config.shots,
+            seed=self.config.seed,
+            sync=sync,
         )
         return self._checked("proxies", builder.build(source), T)
 
@@ -469,18 +479,12 @@ class InterNegDetector:
         """
         T = self._fitted()
         v = self._checked("images", features, T)
-        negative_words = [word for word, _ in self._words]
-        found = []
-        for row in v:
-            entry: dict[str, Any] = {}
-            for name, texts, words in (
-                ("known", T, self.classnames),
-                ("negative", self._N, negative_words),
-            ):
-                values, where = (texts @ row).topk(min(k, len(texts)))
-                pairs = zip(where.tolist(), values.tolist(), strict=True)
-                entry[name] = [(words[i], value) for i, value in pairs]
-            found.append(entry)
+        found: list[dict[str, Any]] = [{} for _ in v]
+        sides = {"known": (T, self.classnames), "negative": (self._N, [w for w, _ in self._words])}
+        for name, (texts, words) in sides.items():
+            cosines, best = (v @ texts.T).topk(min(k, len(texts)), dim=1)
+            for entry, row, where in zip(found, cosines.tolist(), best.tolist(), strict=True):
+                entry[name] = [(words[i], value) for i, value in zip(where, row, strict=True)]
         return found
 
     def _fitted(self) -> Tensor:
@@ -556,17 +560,15 @@ class InterNegDetector:
         Args:
             folder: Made if absent. The model's weights are not written.
         """
-        path = Path(folder)
-        save_state(path / "detector.safetensors", self.state_dict())
-        fingerprint = None if self.encoder is None else self.encoder.fingerprint()
-        write_json(
-            path / "config.json",
+        write_detector(
+            Path(folder),
+            self.state_dict(),
             {
                 "method": self.title,
                 "classnames": self.classnames,
                 "config": self.config.to_dict(),
                 "model": getattr(self.encoder, "source", {}),
-                "fingerprint": fingerprint,
+                "fingerprint": None if self.encoder is None else self.encoder.fingerprint(),
             },
         )
 
@@ -583,18 +585,11 @@ class InterNegDetector:
         Raises:
             InterNegError: If the folder holds no detector, or the encoder has other weights.
         """
-        path = Path(folder) / "config.json"
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            config, names = InterNegConfig.from_dict(saved["config"]), saved["classnames"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InterNegError(f"{folder} holds no detector: {error}") from error
-        if saved.get("method") != cls.title:
-            raise InterNegError(f"{folder} holds a {saved.get('method')}, not a {cls.title}")
-        if encoder is not None and saved["fingerprint"] not in (None, encoder.fingerprint()):
+        names, config, fingerprint = read_description(Path(folder), cls.title)
+        if encoder is not None and fingerprint not in (None, encoder.fingerprint()):
             raise InterNegError(
                 f"the detector in {folder} was fitted with other weights than this encoder's"
             )
         detector = cls(encoder, names, config)
-        detector.load_state_dict(load_state(Path(folder) / "detector.safetensors"))
+        detector.load_state_dict(read_state(Path(folder)))
         return detector

@@ -172,7 +172,11 @@ class _Encoder:
         features = torch.empty(len(ids), self.dim, device=self.device)
         order = lengths.argsort(stable=True)
         parts = order.split(batch_size)  # type: ignore[no-untyped-call]
-        for part in progress(parts, description="text features", unit="batch"):
+        # Few batches are one part of a longer extraction, which has a bar of its own.
+        bar = (
+            progress(parts, description="text features", unit="batch") if len(parts) > 4 else parts
+        )
+        for part in bar:
             length = int(lengths[part].max())
             found = self._text_features(ids[part, :length].to(self.device))
             features[part.to(self.device)] = found.to(features.dtype)
@@ -281,9 +285,11 @@ class OpenClipEncoder(_Encoder):
         import open_clip
 
         if pretrained == "openai" and "quickgelu" not in model.lower():
-            raise InterNegError(
-                f"OpenAI's weights were trained with QuickGELU: take {model}-quickgelu"
+            warnings.warn(
+                f"OpenAI's weights were trained with QuickGELU: taking {model}-quickgelu",
+                stacklevel=2,
             )
+            model = f"{model}-quickgelu"
         try:
             network, _, preprocess = open_clip.create_model_and_transforms(
                 model, pretrained=pretrained or None, device=device or "cpu"

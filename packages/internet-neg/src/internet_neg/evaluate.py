@@ -21,7 +21,20 @@ from internet_neg.errors import InterNegError
 from shared_core.metrics import ood_metrics
 from shared_core.run import progress
 
-__all__ = ["StreamResult", "compare", "read_imglist", "run_stream", "stream_metrics"]
+__all__ = [
+    "CONVENTIONS",
+    "StreamResult",
+    "compare",
+    "read_imglist",
+    "run_stream",
+    "stream_metrics",
+]
+
+#: The two false-positive rates, as tables of this package call them.
+CONVENTIONS = {
+    "FPR95 (ID+)": "unknown images accepted where 95 % of the known ones are (MCM, NegLabel)",
+    "FPR95 (OOD+)": "known images rejected where 95 % of the unknown ones are (InterNeg, OpenOOD)",
+}
 
 
 @dataclass

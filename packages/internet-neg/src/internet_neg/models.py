@@ -37,10 +37,9 @@ def load_encoder(
         InterNegError: If it cannot be loaded.
 
     Example:
-        >>> load_encoder("ViT-B-16", "openai")
+        >>> load_encoder("ViT-B-16")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        internet_neg.errors.InterNegError: OpenAI's weights were trained with QuickGELU: take
-        ViT-B-16-quickgelu
+        internet_neg.errors.InterNegError: which weights for ViT-B-16? give --pretrained ...
     """
     name = os.fspath(model)
     if library is None and pretrained is None and name in MODELS:

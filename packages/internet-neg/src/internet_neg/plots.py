@@ -95,10 +95,10 @@ def plot_bank(streams: Streams) -> Any:
         return None
     figure, axes = new_figure(1, len(kept), squeeze=False, figsize=(4.4 * len(kept), 3.4))
     for panel, ((name, ood), growth) in zip(axes[0], kept.items(), strict=True):
-        seen = [record["seen"] for record in growth]
+        seen = [0, *(record["seen"] for record in growth)]  # from 0, or one batch is no line
         for color, key in zip(COLORS, ("gated", "accepted", "bank"), strict=False):
             label = {"bank": "in the bank"}.get(key, key)
-            panel.plot(seen, [record[key] for record in growth], color=color, label=label)
+            panel.plot(seen, [0, *(record[key] for record in growth)], color=color, label=label)
         panel.set_title(f"{name}, unknown: {ood}")
         panel.set_xlabel("images seen")
         panel.set_ylim(bottom=0)

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from internet_neg._checks import check_embeddings, normalize
+from internet_neg._features import features_in_parts
 from internet_neg.errors import InterNegError
-from shared_core.run import progress
+from shared_core.data.loading import ImageDataset
 
 if TYPE_CHECKING:
     from internet_neg.encoders import DualEncoder
 
 __all__ = [
+    "DataImage",
     "ProxyBuilder",
     "class_folders",
     "class_proxies",
@@ -112,12 +115,34 @@ def read_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
         raise InterNegError(f"the image {os.fspath(path)} {reason}: {error}") from error
 
 
+@dataclass(frozen=True)
+class DataImage:
+    """An image of a data set, read when it is needed.
+
+    Attributes:
+        data: The data set.
+        source: Its name, split and version.
+        index: Which of its images.
+    """
+
+    data: ImageDataset
+    source: str
+    index: int
+
+    def read(self) -> PIL.Image.Image:
+        """The image in RGB."""
+        image: PIL.Image.Image = self.data[self.index][0]
+        return image
+
+
 def embed_images(
     encoder: "DualEncoder",
     images: Any,
     *,
     batch_size: int = 256,
     transform: Callable[[Any], Tensor] | None = None,
+    cache: tuple[Path, str] | None = None,
+    sync: bool = False,
 ) -> Float[Tensor, "n D"]:
     """Features of images: a preprocessed tensor, or PIL images and paths.
 
@@ -126,6 +151,14 @@ def embed_images(
         images: A tensor [n, C, H, W], or a sequence of PIL images and paths.
         batch_size: Images at a time.
         transform: In place of the encoder's ``preprocess``.
+        cache: With paths alone: a folder that keeps the features, a file for each batch, by the
+            model and the images' names, sizes and times, and a name for the transform. An
+            interrupted extraction goes on where it stopped.
+        sync: With torch.distributed, whether every rank embeds some of the batches; all ranks have
+            to call, with the same images, and all get all features.
+
+    Raises:
+        InterNegError: If an image is missing or cannot be decoded.
 
     Example:
         >>> from internet_neg.mini_clip import build_mini_clip
@@ -133,20 +166,42 @@ def embed_images(
         torch.Size([1, 64])
     """
     prepare = transform or encoder.preprocess
-    starts = range(0, len(images), batch_size)
-    parts = []
-    for start in progress(starts, description="image features", unit="batch"):
-        part = images[start : start + batch_size]
-        if not isinstance(part, Tensor):
-            part = torch.stack([prepare(_open(image)) for image in part])
-        parts.append(encoder.encode_image(part))
-    return torch.cat(parts) if parts else torch.zeros(0, encoder.dim, device=encoder.device)
+
+    def compute(piece: slice) -> Tensor:
+        batch = images[piece]
+        if not isinstance(batch, Tensor):
+            batch = torch.stack([prepare(_open(image)) for image in batch])
+        return encoder.encode_image(batch)
+
+    names = [""] * len(images)
+    if cache is not None:
+        names = [f"{cache[1]} {_identity(file)}" for file in images]
+    return features_in_parts(
+        encoder,
+        "images",
+        names,
+        compute,
+        part=batch_size,
+        folder=None if cache is None else cache[0],
+        sync=sync,
+    )
+
+
+def _identity(file: Any) -> str:
+    """A file's name, size and time of change; a data set's version and the place in it."""
+    if isinstance(file, DataImage):
+        return f"{file.source} {file.index}"
+    try:
+        stat = Path(file).stat()
+    except OSError as error:
+        raise InterNegError(f"the image {os.fspath(file)} is not there") from error
+    return f"{Path(file).resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _open(image: Any) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
         return image.convert("RGB")
-    return read_image(image)
+    return image.read() if isinstance(image, DataImage) else read_image(image)
 
 
 class ProxyBuilder:
@@ -160,6 +215,7 @@ class ProxyBuilder:
             are preprocessed as in testing.
         seed: Of the draws.
         batch_size: Images at a time.
+        sync: See `embed_images`.
 
     Example:
         >>> from internet_neg.mini_clip import build_mini_clip
@@ -177,9 +233,11 @@ class ProxyBuilder:
         augment: bool = False,
         seed: int = 0,
         batch_size: int = 256,
+        sync: bool = False,
     ) -> None:
         self.encoder, self.classnames = encoder, list(classnames)
-        self.shots, self.augment, self.seed, self.batch_size = shots, augment, seed, batch_size
+        self.shots, self.augment, self.seed = shots, augment, seed
+        self.batch_size, self.sync = batch_size, sync
 
     def build(self, source: Any) -> Float[Tensor, "K D"]:
         """Proxies from a data set, a loader, a mapping of classes to images, or features.
@@ -211,16 +269,22 @@ class ProxyBuilder:
         return class_proxies(features, labels, self.classnames)
 
     def _embed(self, images: list[Any]) -> Tensor:
-        if images and isinstance(images[0], Tensor):
-            return embed_images(self.encoder, torch.stack(images), batch_size=self.batch_size)
         transform = None
-        if self.augment:
-            rng = random.Random(self.seed)
+        if images and isinstance(images[0], Tensor):
+            images = torch.stack(images)  # type: ignore[assignment]
+        elif self.augment:
 
             def transform(image: PIL.Image.Image) -> Tensor:
                 return self.encoder.preprocess(_random_crop(image, rng))
 
-        return embed_images(self.encoder, images, batch_size=self.batch_size, transform=transform)
+            rng = random.Random(self.seed)
+        return embed_images(
+            self.encoder,
+            images,
+            batch_size=self.batch_size,
+            transform=transform,
+            sync=self.sync and not self.augment,  # crops are drawn one after another
+        )
 
     def _choose(self, labels: list[int]) -> list[int]:
         """Which samples to use: a seeded draw of at most `shots` a class, in order."""

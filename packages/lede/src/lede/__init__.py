@@ -16,13 +16,16 @@ from lede.policies import (
     Policy,
     StaticPolicy,
 )
+from lede.probe import AcceptanceProbe, fit_probe
 from lede.qpolicy import QPolicy, StateSpec
+from lede.rollouts import Episodes, collect_rollouts
 from lede.selection import Choice, choose_policy
 from lede.simulation import OraclePolicy, Simulation, best_confidence, best_static, simulate
 from lede.stats import DecodeStats, Round
 from lede.training import TrainConfig, TrainResult, train_policy
 
 __all__ = [
+    "AcceptanceProbe",
     "AutoregressivePolicy",
     "Choice",
     "ConfidenceExitPolicy",
@@ -31,6 +34,7 @@ __all__ = [
     "DELPolicy",
     "DecodeStats",
     "DraftVerifyPolicy",
+    "Episodes",
     "ExperienceTable",
     "LayerRunner",
     "LedeOutput",
@@ -53,9 +57,11 @@ __all__ = [
     "calibrate",
     "choose_policy",
     "collect",
+    "collect_rollouts",
     "custom_generate",
     "expected_speedup",
     "expected_tokens",
+    "fit_probe",
     "register_adapter",
     "simulate",
     "supported_model_types",

@@ -1,11 +1,14 @@
-"""Models and prompts for the command line, by path or hub id."""
+"""Models, texts and prompts for the command line, by path or hub id."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lede.presets import get_preset
+from lede.decoding import SelfSpeculativeDecoder
+from lede.presets import DATASETS, get_preset
+from shared_core.device import seed_everything, select_device, select_dtype
 from shared_core.errors import InputError
 
 
@@ -44,3 +47,87 @@ def tokenize(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Ids and mask, padded at the left."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     return batch["input_ids"], batch["attention_mask"]
+
+
+def load_windows(source: str, tokenizer: Any, length: int, split: str = "train") -> Tensor:
+    """Windows of text [N, length]: ``pydoc``, a text file, or a file or hub id with texts.
+
+    Raises:
+        InputError: If it cannot be read or does not fill one window.
+    """
+    from shared_core.data.text import pydoc_text, token_windows
+
+    texts = [pydoc_text(split, kind="all")] if source == "pydoc" else _texts(source, split)  # type: ignore[arg-type]
+    return token_windows(texts, tokenizer, length, separator=tokenizer.eos_token_id)
+
+
+def load_decoder(
+    prompts: str,
+    count: int | None,
+    model: str | None,
+    preset: str | None,
+    exits: list[int],
+    max_draft: int,
+    dtype: str,
+    seed: int,
+    device: str,
+) -> tuple[SelfSpeculativeDecoder, Any, Tensor, Tensor]:
+    """Decoder, tokenizer, prompt ids and their mask on the device, from a command's options.
+
+    Raises:
+        InputError: If something cannot be loaded or no exits are named.
+    """
+    chosen = select_device(device)
+    seed_everything(seed)
+    lines = load_prompts(prompts, count)
+    loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
+    if not (exits or own):
+        raise InputError("say where to exit: --exit-layers 2,4 or a --preset")
+    decoder = SelfSpeculativeDecoder(loaded, exits or own or (), max_draft=max_draft)
+    ids, mask = tokenize(tokenizer, lines)
+    return decoder, tokenizer, ids.to(chosen), mask.to(chosen)
+
+
+def load_prompts(source: str, count: int | None = None) -> list[str]:
+    """Prompts: a text file with one a line, or a data set of `DATASETS` or the hub.
+
+    The formats are those of LayerSkip's evaluation: the first 100 words of an article for
+    ``cnn_dailymail``, "Article: …" and "Summary:" for ``xsum``, else the text as it is.
+
+    Raises:
+        InputError: If it cannot be read or is empty.
+    """
+    path = Path(source)
+    if path.suffix == ".txt" or path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{source} is not a readable text file ({error})") from error
+        found = [line for line in lines if line.strip()]
+    else:
+        from shared_core.data.loading import load_rows
+
+        known = DATASETS.get(source)
+        split = "test" if known is None or known.test else "train"
+        options = {"name": known.name} if known and known.name else {}
+        rows = load_rows(known.source if known else source, split=split, **options)
+        column = known.column if known else "text"
+        if column not in rows.column_names:
+            raise InputError(f"{source} has no column {column!r}: {', '.join(rows.column_names)}")
+        chosen = rows.select(range(min(len(rows), count or len(rows))))
+        found = [known.format(text) if known else text for text in chosen[column]]
+    if not found:
+        raise InputError(f"{source} holds no prompt; write one a line")
+    return found[:count]
+
+
+def _texts(source: str, split: str) -> list[str]:
+    path = Path(source)
+    if path.is_file() and path.suffix == ".txt":
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{source} is not a readable text file ({error})") from error
+    from shared_core.data.loading import load_texts
+
+    return list(load_texts(source, split=split))

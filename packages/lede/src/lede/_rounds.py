@@ -12,19 +12,44 @@ from torch import Tensor
 from lede.adapters import LayerRunner
 from lede.cache import RaggedCache
 from lede.features import confidence_features
-from lede.policies import EMA_START, Observation, Policy, updated_ema
+from lede.policies import EMA_START, Observation, Policy, chance, updated_ema
 from lede.stats import DecodeStats, Round
 from lede.verification import verify_greedy, verify_sampled
 
 
 @dataclass
-class Probe:
-    """The distribution of an exit: processed logits [B, V], features [B, 3], top tokens [B]."""
+class Look:
+    """What is seen at an exit.
 
-    scores: Tensor
+    Normed hidden states [B, 1, C] and features [B, 3] (NaN without a head); where the head ran,
+    processed logits [B, V] and top tokens [B]; the probe's outputs [B, 2] if there is one.
+    """
+
+    normed: Tensor
     features: np.ndarray
-    top: Tensor
-    top_host: np.ndarray
+    scores: Tensor | None = None
+    top: Tensor | None = None
+    top_host: np.ndarray | None = None
+    probe: np.ndarray | None = None
+
+
+@dataclass
+class Attempt:
+    """What a round came to before it is committed.
+
+    Accepted drafts [B], the target's token after them [B], drafts [B, k - 1], early passes [B],
+    the exit, heads and looks at exits [B], and on demand the chance with which each draft is
+    accepted [B, k - 1].
+    """
+
+    accepted: np.ndarray
+    final: np.ndarray
+    drafts: np.ndarray
+    passes: np.ndarray
+    layer: int
+    heads: np.ndarray
+    looks: np.ndarray
+    chances: np.ndarray | None = None
 
 
 class Rounds:
@@ -91,36 +116,59 @@ class Rounds:
         if self.processors is None:
             return scores
         later = torch.stack(list(drafts), 1) if drafts else None
-        lengths = set(self.n[~self.done].tolist())
-        if len(lengths) == 1 and not self.done.any():
-            groups = [slice(0, len(self.n))]
-        else:
-            groups = [slice(r, r + 1) for r in range(len(self.n))]
-        out = []
-        for group in groups:
-            prefix = torch.from_numpy(self.tokens[group, : self.n[group][0]]).to(scores.device)
+        out = torch.empty_like(scores)
+        for length in np.unique(self.n):
+            rows = np.flatnonzero(self.n == length)
+            prefix = torch.from_numpy(self.tokens[rows, :length]).to(scores.device)
+            group = torch.from_numpy(rows).to(scores.device)
             if later is not None:
                 prefix = torch.cat([prefix, later[group]], 1)
             own = _narrowed(self.processors, group, len(self.n))
-            out.append(own(prefix, scores[group]))
-        return torch.cat(out)
+            out[group] = own(prefix, scores[group])
+        return out
 
-    def _probe(self, hidden: Tensor, layer: int, drafts: Sequence[Tensor], look: bool) -> Probe:
-        """Head and features of an exit; one small copy to the host."""
-        scores = self._processed(self.runner.logits(hidden)[:, -1], drafts)
-        if not (look or (len(self.eos) and not self.sample)):
-            return Probe(scores, np.empty(0), scores.argmax(-1), np.empty(0))
-        features, top = confidence_features(scores)
-        host = torch.cat([features.double(), top[:, None].double()], 1).cpu().numpy()
+    def _look(self, hidden: Tensor, layer: int, drafts: Sequence[Tensor], head: bool) -> Look:
+        """What a policy may see of an exit: probe and, if wanted, distribution; one small copy."""
+        normed = self.runner.normalize(hidden[:, -1:])
+        look = Look(normed, np.full((len(self.n), 3), np.nan))
+        parts = []
+        if head:
+            look.scores = self._processed(self.runner.head(normed)[:, -1], drafts)
+            features, look.top = confidence_features(look.scores)
+            parts = [features.double(), look.top[:, None].double()]
+        if self.policy.probe is not None:
+            outputs = self.policy.probe(normed[:, -1], self.exits.index(layer))
+            parts.append(outputs.double().to(normed.device))
+        if not parts:
+            return look
+        host = torch.cat(parts, 1).cpu().numpy()
         if np.isnan(host[~self.done]).any():
             raise RuntimeError(f"NaN logits at the exit after layer {layer}")
-        return Probe(scores, host[:, :3], top, host[:, 3].astype(np.int64))
+        if head:
+            look.features, look.top_host = host[:, :3], host[:, 3].astype(np.int64)
+            host = host[:, 4:]
+        if self.policy.probe is not None:
+            look.probe = host
+        return look
+
+    def _run_head(self, look: Look, drafts: Sequence[Tensor]) -> None:
+        """The distribution to draft from, where no decision needed it."""
+        look.scores = self._processed(self.runner.head(look.normed)[:, -1], drafts)
+        look.top = look.scores.argmax(-1)
+        if len(self.eos) and not self.sample:
+            look.top_host = look.top.cpu().numpy()
 
     def _observe(
-        self, probe: Probe | None, layer: int, index: int, agree: np.ndarray, prefix: np.ndarray
+        self,
+        look: Look | None,
+        layer: int,
+        index: int,
+        agree: np.ndarray,
+        prefix: np.ndarray,
+        chain: np.ndarray,
     ) -> Observation:
         rows = len(self.n)
-        features = np.full((rows, 3), np.nan) if probe is None else probe.features
+        features = np.full((rows, 3), np.nan) if look is None else look.features
         return Observation(
             rows=np.arange(rows),
             layer=np.full(rows, layer),
@@ -132,32 +180,45 @@ class Rounds:
             ema=self.ema,
             prefix=prefix,
             last_accepted=self.last_accepted,
+            probe=None if look is None else look.probe,
+            chain=chain,
         )
 
     def _walk(
         self, hidden: Tensor, start: np.ndarray
-    ) -> tuple[Tensor, int, Probe | None, np.ndarray]:
+    ) -> tuple[Tensor, int, Look | None, np.ndarray]:
         """Climb the candidates until the policy exits; phase one of the decision process."""
-        layer, probe, before = 0, None, None
+        layer, look, before = 0, None, None
+        one = np.ones(len(self.n))
         agree = np.zeros(len(self.n))
         active = np.flatnonzero(~self.done)
         for candidate in self.exits:
             hidden = self._pass(hidden, layer, candidate, start)
-            layer, probe = candidate, None
+            layer, look = candidate, None
             if self.policy.probes(candidate):
-                probe = self._probe(hidden, candidate, [], True)
+                look = self._look(hidden, candidate, [], self.policy.needs_head)
+                self._heads += self.policy.needs_head
+                self._looks += 1
                 if before is not None:
-                    agree = (probe.top_host == before).astype(float)
-                before = probe.top_host
+                    agree = np.asarray(look.top_host == before, dtype=float)
+                before = look.top_host
             if candidate == self.exits[-1]:
                 break
-            seen = self._observe(probe, candidate, 1, agree, np.ones(len(self.n)))
+            seen = self._observe(look, candidate, 1, agree, one, one)
             if self.policy.choose_exit(seen[active]).sum() > 0:
                 break
-        return hidden, layer, probe, agree
+        return hidden, layer, look, agree
 
     def step(self) -> None:
         """One round of every unfinished row: walk, draft, verify, commit."""
+        self.commit(self.attempt())
+
+    def attempt(self, *, chances: bool = False) -> "Attempt":
+        """Walk, draft and verify. Nothing is committed: the cache's next writes undo it.
+
+        Args:
+            chances: Also tell the probability with which each draft is accepted.
+        """
         rows = len(self.n)
         start = self.n - 1
         budget = np.clip(self.max_length - self.n - 1, 0, self.max_draft)
@@ -170,37 +231,55 @@ class Rounds:
         drafts: list[Tensor] = []
         q: list[Tensor] = []
         passes = np.ones(rows, dtype=np.int64)
+        self._heads, self._looks = (np.zeros(rows, dtype=np.int64) for _ in range(2))
         if self.policy.autoregressive or not budget.any():
             layer, hidden = depth, self._pass(hidden, 0, depth, start)
         else:
-            hidden, layer, probe, agree = self._walk(hidden, start)
-            hidden = self._draft(hidden, layer, probe, agree, budget, drafts, q, passes)
+            hidden, layer, look, agree = self._walk(hidden, start)
+            hidden = self._draft(hidden, layer, look, agree, budget, drafts, q, passes)
             hidden = self._pass(hidden, layer, depth, start)
         scores = self.runner.logits(hidden)
         if self.processors is not None:
             parts = [self._processed(scores[:, i], drafts[:i]) for i in range(scores.shape[1])]
             scores = torch.stack(parts, 1)
         counts = torch.from_numpy(passes - 1).to(scores.device)
+        active = torch.from_numpy(~self.done).to(scores.device)
         proposed = torch.stack(drafts, 1) if drafts else counts.new_zeros((rows, 0))
+        proposed = proposed.to(scores.device)
+        width = proposed.shape[1]
         if self.sample:
             p = torch.softmax(scores, -1)
-            if bool(torch.isnan(p[torch.from_numpy(~self.done).to(p.device)]).any()):
-                raise RuntimeError(f"NaN logits after the last layer ({depth})")
-            q_all = torch.stack(q, 1) if q else p[:, :0]
+            broken = torch.isnan(p[active]).any()
+            q_all = torch.stack(q, 1).to(p.device) if q else p[:, :0]
+            # NaN cannot be drawn from; finished rows are looked at no more.
+            p = p.nan_to_num(1.0)
             accepted, final = verify_sampled(p, q_all, proposed, counts, self.generator)
+            share = _accept_chances(p[:, :width], q_all, proposed) if chances else None
         else:
             top, predictions = scores.max(-1)
+            broken = torch.isnan(top[active]).any()
             accepted, final = verify_greedy(predictions, proposed, counts)
-            if bool(torch.isnan(top[torch.from_numpy(~self.done).to(top.device)]).any()):
-                raise RuntimeError(f"NaN logits after the last layer ({depth})")
-        taken = torch.cat([accepted[:, None], final[:, None], proposed], 1).cpu().numpy()
-        self._commit(taken[:, 0], taken[:, 1], taken[:, 2:], passes, layer)
+            share = (predictions[:, :width] == proposed).double() if chances else None
+        told = torch.cat([accepted[:, None], final[:, None], proposed], 1)
+        taken = torch.cat([told, broken.long().expand(rows, 1)], 1).cpu().numpy()
+        if taken[0, -1]:
+            raise RuntimeError(f"NaN logits after the last layer ({depth})")
+        return Attempt(
+            taken[:, 0],
+            taken[:, 1],
+            taken[:, 2:-1],
+            passes,
+            layer,
+            self._heads.copy(),
+            self._looks.copy(),
+            None if share is None else share.cpu().numpy(),
+        )
 
     def _draft(
         self,
         hidden: Tensor,
         layer: int,
-        probe: Probe | None,
+        look: Look | None,
         agree: np.ndarray,
         budget: np.ndarray,
         drafts: list[Tensor],
@@ -213,69 +292,86 @@ class Rounds:
         limit = self.policy.max_drafts(np.arange(rows), np.full(rows, layer))
         limit = np.minimum(limit, budget)
         wants = ~self.done
-        prefix = np.ones(rows)
-        look = self.policy.uses_features
+        prefix, chain = np.ones(rows), np.ones(rows)
+        decides = self.policy.uses_features
         while True:
             index = len(states)
             wants = wants & (limit >= index)
             if not wants.any():
                 break
-            if probe is None:
-                probe = self._probe(hidden, layer, drafts, look)
-            if look:
-                seen = self._observe(probe, layer, index, agree, prefix)
+            if look is None:
+                look = self._look(hidden, layer, drafts, self.policy.needs_head and decides)
+                self._heads[wants] += self.policy.needs_head and decides
+                self._looks[wants] += decides
+            if decides:
+                seen = self._observe(look, layer, index, agree, prefix, chain)
                 asked = np.flatnonzero(wants)
                 wants[asked[self.policy.keep_drafting(seen[asked]) <= 0]] = False
+                if not wants.any():
+                    break
+            if look.scores is None:
+                self._run_head(look, drafts)
+                self._heads[wants] += 1
+            assert look.scores is not None
+            assert look.top is not None
             if len(self.eos) and not self.sample:
                 # A right end of text is committed by the verification itself, so it is not drafted.
                 # When sampling, stopping because of the token drawn would bias the output.
-                wants &= ~np.isin(probe.top_host, self.eos)
+                wants &= ~np.isin(np.asarray(look.top_host), self.eos)
             if wants.sum() < max(1, self.min_active * (~self.done).sum()):
                 break
             if self.sample:
-                q.append(torch.softmax(probe.scores, -1))
+                q.append(torch.softmax(look.scores, -1))
                 token = torch.multinomial(q[-1], 1, generator=self.generator)[:, 0]
             else:
-                token = probe.top
-            if look:
-                prefix = prefix * probe.features[:, 0]
+                token = look.top
+            prefix = prefix * look.features[:, 0]
+            if look.probe is not None:
+                chain = chain * chance(look.probe[:, 0])
             drafts.append(token)
             passes[wants] += 1
             hidden = self.runner.embed(token[:, None].to(self.runner.device))
             hidden = self._pass(hidden, 0, layer, self.n - 1 + index)
             states.append(hidden)
-            probe = None
+            look = None
         return torch.cat(states, 1)
 
-    def _commit(
-        self,
-        accepted: np.ndarray,
-        final: np.ndarray,
-        drafts: np.ndarray,
-        passes: np.ndarray,
-        layer: int,
-    ) -> None:
+    def commit(self, done: "Attempt") -> None:
         """Append accepted drafts and the target's token; end rows at EOS, limits and criteria."""
+        accepted, passes, drafts = done.accepted, done.passes, done.drafts
         active = np.flatnonzero(~self.done)
-        shadow = self._shadow_shares(accepted, final, drafts) if self._shadow else None
-        for row in active:
-            n, kept = int(self.n[row]), int(accepted[row])
-            new = np.append(drafts[row, :kept], final[row])
-            ends = np.flatnonzero(np.isin(new, self.eos))
-            if len(ends):
-                new, self.done[row] = new[: ends[0] + 1], True
-            self.tokens[row, n : n + len(new)] = new
-            for i in range(len(new)):
-                if self.criteria and self._stopped(int(row), n + i + 1):
-                    new, self.done[row] = new[: i + 1], True
-                    break
-            self.n[row] = n + len(new)
-            self.tokens[row, self.n[row] :] = 0
-            self.done[row] |= self.n[row] >= self.max_length
-            kept = min(kept, len(new))
-            position = n - self.prompt
-            self.stats.log.append(Round(int(row), position, layer, int(passes[row]), kept))
-            self.stats.tokens += len(new)
+        shadow = self._shadow_shares(done) if self._shadow else None
+        rows = np.arange(len(self.n))
+        new = np.concatenate([drafts, np.zeros_like(done.final)[:, None]], 1)
+        new[rows, accepted] = done.final
+        count = accepted + 1
+        if len(self.eos):
+            ends = np.isin(new, self.eos) & (np.arange(new.shape[1]) < count[:, None])
+            ended: np.ndarray = np.asarray(ends.any(1))
+            count = np.where(ended, ends.argmax(1) + 1, count)
+            self.done[active] |= ended[active]
+        before = self.n.copy()
+        for i in range(int(count[active].max())):
+            has = active[count[active] > i]
+            self.tokens[has, before[has] + i] = new[has, i]
+        if self.criteria:
+            for row in active:
+                for i in range(int(count[row])):
+                    if self._stopped(int(row), int(before[row]) + i + 1):
+                        count[row], self.done[row] = i + 1, True
+                        self.tokens[row, before[row] + i + 1 :] = 0
+                        break
+        self.n[active] += count[active]
+        self.done[active] |= self.n[active] >= self.max_length
+        kept = np.minimum(accepted, count)
+        self.stats.tokens += int(count[active].sum())
+        columns = (before - self.prompt, passes, kept, done.heads, done.looks)
+        self.stats.log += [
+            Round(row, position, done.layer, *counts)
+            for row, position, *counts in zip(
+                active.tolist(), *(c[active].tolist() for c in columns), strict=True
+            )
+        ]
         drafted = passes - 1
         self.ema[active] = updated_ema(self.ema, accepted, drafted)[active]
         self.last_accepted[active] = accepted[active] / self.max_draft
@@ -286,10 +382,9 @@ class Rounds:
         ids = torch.from_numpy(self.tokens[row : row + 1, :length]).to(self.runner.device)
         return any(bool(torch.as_tensor(c(ids, None)).all()) for c in self.criteria)
 
-    def _shadow_shares(
-        self, accepted: np.ndarray, final: np.ndarray, drafts: np.ndarray
-    ) -> np.ndarray:
+    def _shadow_shares(self, done: "Attempt") -> np.ndarray:
         """Each candidate's share of right predictions at the tokens just verified, [B, m]."""
+        accepted, final, drafts = done.accepted, done.final, done.drafts
         width = drafts.shape[1] + 1
         truth = np.concatenate([drafts, np.zeros_like(final)[:, None]], 1)
         truth[np.arange(len(final)), accepted] = final
@@ -302,14 +397,20 @@ class Rounds:
         return np.stack(shares, 1)
 
 
-def _narrowed(processors: Any, group: slice, rows: int) -> Any:
+def _accept_chances(p: Tensor, q: Tensor, drafts: Tensor) -> Tensor:
+    """min(1, p(y) / q(y)) of each draft."""
+    p_y, q_y = (d.gather(2, drafts[..., None])[..., 0].double() for d in (p, q))
+    return (p_y / q_y).clamp(max=1)
+
+
+def _narrowed(processors: Any, group: Tensor, rows: int) -> Any:
     """The processors for some of the rows: some keep a tensor with an entry per row."""
-    if group == slice(0, rows):
+    if len(group) == rows:
         return processors
     out = type(processors)()
     for processor in processors:
         per_row = {
-            name: value[group]
+            name: value[group.to(value.device)]
             for name, value in vars(processor).items()
             if name == "prompt_ignore_length" and isinstance(value, Tensor)
         }

@@ -77,6 +77,8 @@ class LayerRunner:
     def device(self) -> torch.device:
         """Where token ids enter."""
         weight: Tensor = self.base.embed_tokens.weight
+        if weight.device.type == "meta":  # accelerate brings offloaded weights when they are called
+            return torch.device(self.base.embed_tokens._hf_hook.execution_device)
         return weight.device
 
     @property
@@ -126,7 +128,16 @@ class LayerRunner:
 
         The logits are rounded to float32 whatever the model's dtype, as in ``generate``.
         """
-        out: Tensor = self.model.lm_head(self.base.norm(hidden))
+        return self.head(self.normalize(hidden))
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """The model's final norm, after any layer."""
+        normed: Tensor = self.base.norm(hidden)
+        return normed
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits of normed hidden states."""
+        out: Tensor = self.model.lm_head(normed)
         return self.shape_logits(out).float()
 
     def shape_logits(self, logits: Tensor) -> Tensor:

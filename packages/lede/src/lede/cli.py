@@ -11,6 +11,7 @@ from shared_core.cli import (
     Out,
     Plots,
     Quick,
+    Resume,
     Seed,
     command,
     format_table,
@@ -34,6 +35,13 @@ Exits = Annotated[str | None, typer.Option("--exit-layers", help="Candidates, by
 MaxDraft = Annotated[int, typer.Option("--max-draft", help="Longest draft.", min=1)]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate.", min=1)]
 ExperienceFolder = Annotated[Path, typer.Argument(help="Folder that lede collect wrote.")]
+PromptSource = Annotated[
+    str, typer.Argument(help="Text file, a prompt a line; or alpaca, humaneval, …, a hub id.")
+]
+PolicyName = Annotated[
+    str | None, typer.Option("--policy", help="Folder or hub id of a trained policy.")
+]
+Samples = Annotated[int | None, typer.Option("--num-samples", help="Prompts to take.", min=1)]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 
@@ -63,16 +71,7 @@ def demo(
 
     if select_device(device).type != "cpu":
         say("the demo's model is small: it runs on the CPU")
-    settings = the_demo.DemoSettings()
-    if quick:
-        settings = the_demo.DemoSettings(
-            layers=6,
-            exits=(1, 2, 3, 4),
-            train_steps=110,
-            prompts=(32, 16, 16),
-            new_tokens=40,
-            policy_steps=300,
-        )
+    settings = the_demo.QUICK if quick else the_demo.DemoSettings()
     count = 1 if quick else seeds
     run = RunFolder(out or Path("runs/lede/demo"))
     run.write_config(
@@ -82,7 +81,7 @@ def demo(
     )
     began = time.perf_counter()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # threads slow matrices this small
     results = []
     try:
         total = count * settings.train_steps
@@ -90,44 +89,27 @@ def demo(
             for one in range(seed, seed + count):
                 results.append(the_demo.run_seed(one, settings, tick=bar.update))
                 run.log(step=one, speedups=results[-1].speedups)
+        recipes = None
+        if settings.plain:
+            recipes = the_demo.compare_recipes(results[0].model, settings, seed)
     finally:
         torch.set_num_threads(threads)
     summary = the_demo.summarize(results)
-    rows, message = the_demo.table(summary), the_demo.tell(results, summary)
-    if plots:
-        from lede import plots as drawing
-
-        first = results[0]
-        entries = {
-            title: summary[kind]["values"]
-            for kind, title in the_demo.TITLES.items()
-            if kind in summary
-        }
-        rounds = simulate(first.test, first.choice.policy, first.cost).log
-        run.save_figure("speedups", drawing.plot_speedups(entries))
-        run.save_figure("training", drawing.plot_training(first.training[0].history))
-        run.save_figure("exits", drawing.plot_exit_histogram(rounds, settings.layers))
-        run.save_figure("segments", drawing.plot_segments(first.segments))
-        run.save_figure(
-            "heatmap",
-            drawing.plot_exit_heatmap(list(first.test.tokens[:8]), rounds, chr, settings.layers),
-        )
-        run.save_figure(
-            "acceptance",
-            drawing.plot_speed_against_acceptance(
-                {
-                    the_demo.TITLES[k]: (d["acceptance"], first.speedups[k])
-                    for k, d in first.details.items()
-                }
-            ),
-        )
+    rows, message = the_demo.table(summary), the_demo.tell(results, summary, recipes)
+    first = results[0]
+    texts = [[chr(int(token)) for token in row] for row in first.test.tokens[:8]]
+    rounds = simulate(first.test, first.choice.policy, first.cost).log
+    _write_rounds(run, rounds, texts, settings.layers)
     metrics = {
-        "policies": summary,
-        "segments": [r.segments for r in results],
+        "policies": {the_demo.TITLES[k]: summary[k] for k in the_demo.TITLES if k in summary},
+        "segments": first.segments,
+        "segments_of_all_seeds": [r.segments for r in results],
+        "history": first.training.history,
         "chosen": [r.choice.name for r in results],
         "tried": [r.choice.tried for r in results],
         "agreement_by_exit": [r.agreement for r in results],
-        "predicted_on_training_prompts": [r.training[0].rho for r in results],
+        "predicted_on_training_prompts": [r.training.rho for r in results],
+        "exit_quality": recipes,
         "lossless": all(r.lossless for r in results),
         "summary": {
             "message": message,
@@ -136,8 +118,22 @@ def demo(
         },
     }
     run.write_metrics(metrics, timing={"seconds": time.perf_counter() - began})
-    text = f"{format_table(rows)}\n\n{message}\n\n{run.path}: metrics.json"
+    drawn = _draw(run) if plots else []
+    text = f"{format_table(rows)}\n\n{message}\n\n{run.path}: metrics.json {' '.join(drawn)}"
     show_result(metrics, text, as_json=as_json)
+
+
+def _write_rounds(run: Any, rounds: Any, texts: list[list[str]], depth: int) -> None:
+    from shared_core.run import write_json
+
+    log = [list(r) for r in rounds]
+    write_json(run.path / "rounds.json", {"depth": depth, "rounds": log, "texts": texts})
+
+
+def _draw(run: Any) -> list[str]:
+    from lede.plots import draw_run
+
+    return [run.save_figure(name, figure).name for name, figure in draw_run(run.path).items()]
 
 
 @command(app)
@@ -145,23 +141,26 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     model: Model = None,
     preset: PresetName = None,
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="Folder or hub id of a trained policy.")
-    ] = None,
+    policy: PolicyName = None,
     exit_layers: Exits = None,
     num_draft: Annotated[int, typer.Option("--num-draft", help="Without --policy.", min=1)] = 6,
     max_draft: MaxDraft = 12,
     max_new_tokens: NewTokens = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0: greedy.", min=0)] = 0.0,
     dtype: Dtype = "auto",
+    out: Out = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Continue a text, with a trained policy or a static pair (the middle of --exit-layers)."""
+    """Continue a text, with a trained policy or a static pair (the middle of --exit-layers).
+
+    With --out the rounds are kept there, with pictures: where it exited, token by token.
+    """
     from lede import QPolicy, SelfSpeculativeDecoder, StaticPolicy
     from lede._loading import load_model, tokenize
     from shared_core.device import seed_everything, select_device, select_dtype
+    from shared_core.run import RunFolder
 
     chosen = select_device(device)
     seed_everything(seed)
@@ -178,22 +177,30 @@ def generate(
     settings: dict[str, Any] = {"do_sample": False}
     if temperature:
         settings = {"do_sample": True, "temperature": temperature}
-    out = decoder.generate(
+    found = decoder.generate(
         ids.to(chosen),
         attention_mask=mask.to(chosen),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         **settings,
     )
-    text = tokenizer.decode(out.sequences[0], skip_special_tokens=True)
+    text = tokenizer.decode(found.sequences[0], skip_special_tokens=True)
     say(
-        f"{out.stats.tokens} tokens in {out.stats.rounds} rounds, "
-        f"{out.stats.acceptance_rate:.0%} of drafts accepted"
+        f"{found.stats.tokens} tokens in {found.stats.rounds} rounds, "
+        f"{found.stats.acceptance_rate:.0%} of drafts accepted"
     )
-    show_result({"text": text, "stats": out.stats.to_dict()}, text, as_json=as_json)
+    metrics = {"text": text, "stats": found.stats.to_dict()}
+    if out is not None:
+        run = RunFolder(out)
+        run.write_config("lede generate", {"prompt": prompt, "model": model, "policy": policy})
+        pieces = [tokenizer.decode([t]) for t in found.sequences[0, ids.shape[1] :].tolist()]
+        _write_rounds(run, found.stats.log, [pieces], decoder.runner.depth)
+        run.write_metrics(metrics)
+        _draw(run)
+    show_result(metrics, text, as_json=as_json)
 
 
-def _exits(given: str | None, own: tuple[int, ...] | None) -> list[int]:
+def _exits(given: str | None, own: tuple[int, ...] | None = None) -> list[int]:
     try:
         return [int(e) for e in given.split(",")] if given else list(own or [])
     except ValueError as error:
@@ -202,12 +209,20 @@ def _exits(given: str | None, own: tuple[int, ...] | None) -> list[int]:
 
 @command(app)
 def collect(
-    prompts: Annotated[Path, typer.Argument(help="Text file, a prompt a line.")],
+    prompts: PromptSource,
     model: Model = None,
     preset: PresetName = None,
     exit_layers: Exits = None,
     max_draft: MaxDraft = 12,
     max_new_tokens: NewTokens = 128,
+    num_samples: Samples = None,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe/--no-probe", help="Fit a probe on the first half of the prompts."),
+    ] = True,
+    probe_of: Annotated[
+        Path | None, typer.Option("--probe-of", help="Take the probe of this experience instead.")
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure the cost here; else memory-bound.")
     ] = False,
@@ -217,48 +232,43 @@ def collect(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Generate greedily from prompts and tabulate what every exit would have drafted."""
+    """Generate greedily from prompts and tabulate what every exit would have drafted.
+
+    For a validation set, give other prompts and --probe-of the training experience.
+    """
     import lede
-    from lede._loading import load_model, tokenize
-    from shared_core.device import seed_everything, select_device, select_dtype
+    from lede._loading import load_decoder
     from shared_core.run import RunFolder
 
-    chosen = select_device(device)
-    seed_everything(seed)
-    try:
-        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{prompts} is not a readable text file ({error})") from error
-    if not lines:
-        raise InputError(f"{prompts} holds no prompt; write one a line")
-    loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
-    exits = _exits(exit_layers, own)
-    if not exits:
-        raise InputError("say where to exit: --exit-layers 2,4 or a --preset")
-    decoder = lede.SelfSpeculativeDecoder(loaded, exits, max_draft=max_draft)
-    ids, mask = tokenize(tokenizer, lines)
+    decoder, tokenizer, ids, mask = load_decoder(
+        prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype, seed, device
+    )
     run = RunFolder(out or Path("runs/lede/collect"))
-    settings = {"model": model, "preset": preset, "exits": exits, "max_draft": max_draft}
+    settings = {"model": model, "preset": preset, "exits": decoder.exits, "max_draft": max_draft}
     run.write_config(
         "lede collect",
-        {**settings, "max_new_tokens": max_new_tokens, "seed": seed},
+        {**settings, "max_new_tokens": max_new_tokens, "probe": probe, "seed": seed},
         distributions=["lede", "transformers"],
     )
-    table = lede.collect(
-        decoder,
-        ids.to(chosen),
-        attention_mask=mask.to(chosen),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    common = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    eye, first = None, 0
+    if probe_of is not None:
+        eye = _experience(probe_of)[0].probe
+    elif probe:
+        first = len(ids) // 2
+        if not first:
+            raise InputError("a probe takes half of the prompts: give two or more, or --no-probe")
+        eye = lede.fit_probe(decoder, ids[:first], attention_mask=mask[:first], seed=seed, **common)
+    table = lede.collect(decoder, ids[first:], attention_mask=mask[first:], probe=eye, **common)
     table.save(run.path / "experience.safetensors")
     cost = lede.calibrate(decoder) if calibrate else lede.CostModel.memory_bound(table.depth)
     cost.save(run.path / "cost.json")
     static, speedup = lede.best_static(table, cost)
+    right = table.right.mean((0, 2)).tolist()
     metrics = {
         "texts": len(table),
         "tokens": int(table.lengths.sum()),
-        "right_by_exit": dict(zip(map(str, exits), table.right.mean((0, 2)).tolist(), strict=True)),
+        "right_by_exit": dict(zip(map(str, decoder.exits), right, strict=True)),
         "best_static": {"policy": repr(static), "speedup": speedup},
     }
     run.write_metrics(metrics)
@@ -286,15 +296,20 @@ def train_policy(
     algo: Annotated[str, typer.Option("--algo", help="ddqn or cql.")] = "ddqn",
     out: Out = None,
     seed: Seed = 0,
+    plots: Plots = True,
     as_json: Json = False,
 ) -> None:
-    """Train a policy on collected experience; the best checkpoint is saved in the folder."""
+    """Train a policy on collected experience; the best checkpoint and mode are saved.
+
+    The mode (exit and length, length only, exit only) is chosen on the validation experience,
+    beside the best static pair and threshold: it says so if one of these is faster.
+    """
     import lede
     from shared_core.run import RunFolder
 
     config = lede.TrainConfig(algo=algo, target=target, steps=steps, seed=seed)
     table, cost = _experience(experience)
-    held_out = _experience(validation)[0] if validation else None
+    held_out = _experience(validation)[0] if validation else table
     run = RunFolder(out or Path("runs/lede/policy"))
     run.write_config(
         "lede train-policy",
@@ -302,25 +317,31 @@ def train_policy(
         distributions=["lede"],
     )
     result = lede.train_policy(table, cost, config, validation=held_out)
-    result.policy.save_pretrained(run.path)
+    choice = lede.choose_policy([result.policy], table, held_out, cost)
+    on_held_out = {k: lede.simulate(held_out, p, cost).speedup for k, p in choice.best.items()}
+    mode = max(("full", "draft_only", "exit_only"), key=lambda k: on_held_out[k])
+    learned: Any = choice.best[mode]
+    learned.save_pretrained(run.path)
     metrics = {
-        "speedup_on_training_texts": result.rho,
+        "mode": mode,
+        "speedup_on_training_texts": lede.simulate(table, learned, cost).speedup,
         "best_static_on_training_texts": lede.best_static(table, cost)[1],
-        "validation": max(value for value, _ in result.checkpoints),
+        "validation": on_held_out,
+        "fastest_on_validation": {"kind": choice.name, "policy": repr(choice.policy)},
         "history": result.history,
     }
     run.write_metrics(metrics)
-    text = f"counted speedup on the training texts {result.rho:.2f}, best static pair "
-    text += f"{metrics['best_static_on_training_texts']:.2f}\n{run.path}"
-    show_result(metrics, text, as_json=as_json)
+    if plots and result.history:
+        _draw(run)
+    rows = [{"policy": k, "speedup": f"{v:.3f}"} for k, v in on_held_out.items()]
+    text = f"{format_table(rows)}\n\nsaved: {mode}; fastest on validation: {choice.policy}"
+    show_result(metrics, f"{text}\n{run.path}", as_json=as_json)
 
 
 @command(app)
 def simulate(
     experience: ExperienceFolder,
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="Folder or hub id of a trained policy.")
-    ] = None,
+    policy: PolicyName = None,
     as_json: Json = False,
 ) -> None:
     """Replay policies on collected experience: counted speedup without running the model.
@@ -350,6 +371,214 @@ def simulate(
             }
         )
     show_result({"policies": rows}, format_table(rows), as_json=as_json)
+
+
+@command(app)
+def sweep(
+    prompts: PromptSource,
+    model: Model = None,
+    preset: PresetName = None,
+    exit_layers: Exits = None,
+    max_draft: MaxDraft = 12,
+    max_new_tokens: NewTokens = 128,
+    num_samples: Samples = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the cost here; else memory-bound.")
+    ] = False,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    plots: Plots = True,
+    as_json: Json = False,
+) -> None:
+    """Speedup of every static pair of exit and draft length, from one pass over the texts."""
+    import lede
+    from lede._loading import load_decoder
+    from lede.bench import sweep_rows
+    from lede.simulation import static_grid
+    from shared_core.run import RunFolder
+
+    decoder, tokenizer, ids, mask = load_decoder(
+        prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype, seed, device
+    )
+    run = RunFolder(out or Path("runs/lede/sweep"))
+    settings = {"model": model, "preset": preset, "exits": decoder.exits, "max_draft": max_draft}
+    run.write_config("lede sweep", {**settings, "seed": seed}, distributions=["lede"])
+    table = lede.collect(
+        decoder,
+        ids,
+        attention_mask=mask,
+        mode="teacher",
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    cost = lede.calibrate(decoder) if calibrate else lede.CostModel.memory_bound(table.depth)
+    grid = static_grid(table, cost)
+    best, speedup = lede.best_static(table, cost)
+    metrics = {
+        "sweep": {"exits": table.exits, "grid": grid},
+        "best": {"exit_layer": best.exit_layer, "num_draft": best.num_draft, "speedup": speedup},
+    }
+    run.write_metrics(metrics)
+    if plots:
+        _draw(run)
+    text = f"{format_table(sweep_rows(table.exits, grid))}\n\nbest: {best}, {speedup:.2f} times"
+    show_result(metrics, f"{text}\n{run.path}", as_json=as_json)
+
+
+@command(app)
+def bench(
+    prompts: PromptSource,
+    model: Model = None,
+    preset: PresetName = None,
+    policy: PolicyName = None,
+    exit_layers: Exits = None,
+    static: Annotated[
+        str | None,
+        typer.Option("--static", help="Exit and drafts, as 4,6; else the middle exit and 6."),
+    ] = None,
+    max_draft: MaxDraft = 12,
+    max_new_tokens: NewTokens = 64,
+    num_samples: Samples = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed turns.", min=1)] = 3,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    plots: Plots = True,
+    as_json: Json = False,
+) -> None:
+    """Time policies in real decoding, greedy, one prompt at a time, in turns.
+
+    Beside plain generate: a static pair, transformers' assistant_early_exit with the same pair, a
+    confidence threshold, and the trained --policy. The interval is over prompts.
+    """
+    import lede
+    from lede import bench as the_bench
+    from lede._loading import load_decoder
+    from shared_core.run import RunFolder
+
+    learned = lede.QPolicy.from_pretrained(policy) if policy else None
+    if learned is not None:
+        exit_layers, max_draft = ",".join(map(str, learned.exits)), learned.longest
+    decoder, tokenizer, ids, mask = load_decoder(
+        prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype, seed, device
+    )
+    pair = _exits(static, (decoder.exits[len(decoder.exits) // 2], min(6, max_draft)))
+    if len(pair) != 2 or pair[0] not in decoder.exits or not 1 <= pair[1] <= max_draft:
+        raise InputError(f"--static {static}; give an exit of {decoder.exits} and 1 to {max_draft}")
+    common = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    contenders = the_bench.usual_contenders(decoder, (pair[0], pair[1]), learned, **common)
+    run = RunFolder(out or Path("runs/lede/bench"))
+    run.write_config(
+        "lede bench",
+        {"model": model, "preset": preset, "policy": policy, "repeats": repeats, "seed": seed},
+        distributions=["lede", "transformers"],
+    )
+    rows = [i[m > 0][None] for i, m in zip(ids, mask, strict=True)]
+    device_used = decoder.runner.device
+    found = the_bench.bench(contenders, rows, device_used, repeats=repeats, reference="generate")
+    cost = lede.CostModel.memory_bound(decoder.runner.depth)
+    policies = the_bench.speedups(found, "generate", cost)
+    last = list(contenders)[-1]
+    texts = [contenders["generate"](row)[0][0, row.shape[1] :].tolist() for row in rows[:8]]
+    pieces = [[tokenizer.decode([t]) for t in text] for text in texts]
+    _write_rounds(run, found[last].log, pieces, decoder.runner.depth)
+    metrics = {"policies": policies, "lossless": all(p["same_tokens"] for p in policies.values())}
+    run.write_metrics({**metrics, "speedup": "speedup over generate (wall clock)"})
+    if plots:
+        _draw(run)
+    table = format_table(the_bench.bench_rows(policies))
+    show_result(metrics, f"{table}\n\n{run.path}", as_json=as_json)
+
+
+@command(app)
+def plot(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to; else the folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the pictures of a run folder again from its files."""
+    from lede.plots import draw_run
+    from shared_core.run import RunFolder
+
+    figures = draw_run(run)
+    target = RunFolder(out or run, resume=True)
+    drawn = [str(target.save_figure(name, figure)) for name, figure in figures.items()]
+    show_result({"pictures": drawn}, "\n".join(drawn), as_json=as_json)
+
+
+@command(app, "train-exit")
+def train_exit(
+    model: Model = None,
+    preset: PresetName = None,
+    data: Annotated[
+        str, typer.Option("--data", help="pydoc, a text file, or a file or hub id with texts.")
+    ] = "pydoc",
+    p_max: Annotated[float, typer.Option("--p-max", help="Dropout of the last layer.")] = 0.1,
+    e_scale: Annotated[float, typer.Option("--e-scale", help="Weight of early losses.")] = 0.2,
+    curriculum: Annotated[
+        str, typer.Option("--curriculum", help="rotational, gradual or all.")
+    ] = "rotational",
+    rotation: Annotated[int, typer.Option("--rotation", help="Steps of a turn.", min=1)] = 4,
+    steps: Annotated[int, typer.Option("--steps", help="Updates.", min=1)] = 500,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows.", min=1)] = 8,
+    accumulation: Annotated[
+        int, typer.Option("--accumulation", help="Micro-batches of a step.", min=1)
+    ] = 1,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a window.", min=2)] = 256,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 2e-5,
+    save_steps: Annotated[
+        int, typer.Option("--save-steps", help="Steps between checkpoints.", min=1)
+    ] = 100,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    resume: Resume = False,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    plots: Plots = True,
+    as_json: Json = False,
+) -> None:
+    """Make a model exit early: layer dropout and a loss at every exit (LayerSkip's recipe).
+
+    Leaves the model in OUT/model and says how well every layer predicts before and after. Several
+    GPUs: torchrun --nproc-per-node 4 -m lede.cli train-exit …
+    """
+    from lede.presets import get_preset
+    from lede.train import TrainExitSettings, quality_rows
+    from lede.train import train_exit as run_training
+    from shared_core.device import select_device
+
+    name = model or (get_preset(preset).model if preset else None)
+    if name is None:
+        raise InputError("say which model: --model FOLDER or HUB-ID, or --preset NAME")
+    settings = TrainExitSettings(
+        name,
+        data,
+        p_max,
+        e_scale,
+        curriculum,
+        rotation,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        length=length,
+        lr=lr,
+        save_steps=save_steps,
+        bf16=bf16,
+        seed=seed,
+    )
+    folder = out or Path("runs/lede/train-exit")
+    metrics = run_training(settings, folder, select_device(device), resume=resume)
+    if plots:
+        from shared_core.run import RunFolder
+
+        _draw(RunFolder(folder, resume=True))
+    rows = quality_rows(metrics["exit_quality"])
+    show_result(
+        {"out": str(folder), **metrics}, f"{format_table(rows)}\n\n{folder}/model", as_json=as_json
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -108,6 +108,7 @@ class SelfSpeculativeDecoder:
         policy: Policy | None = None,
         streamer: Any = None,
         generator: torch.Generator | None = None,
+        advance: Callable[[Rounds], None] = Rounds.step,
         **kwargs: Any,
     ) -> LedeOutput:
         """Generate as ``model.generate(input_ids, **kwargs)`` would, in fewer layer passes.
@@ -120,6 +121,7 @@ class SelfSpeculativeDecoder:
             policy: Instead of the decoder's own.
             streamer: A streamer of transformers, for a batch of one.
             generator: Of the random numbers when sampling.
+            advance: Called with the rounds until every row is done; experience is collected so.
             kwargs: As for ``generate``.
 
         Raises:
@@ -137,7 +139,7 @@ class SelfSpeculativeDecoder:
 
         def loop(model: Any, input_ids: Tensor, **given: Any) -> Tensor:
             sequences, stats = self._decode(
-                input_ids, policy or self.policy, streamer, generator, **given
+                input_ids, policy or self.policy, streamer, generator, advance, **given
             )
             found.append(stats)
             return sequences
@@ -156,6 +158,7 @@ class SelfSpeculativeDecoder:
         policy: Policy,
         streamer: Any,
         generator: torch.Generator | None,
+        advance: Callable[[Rounds], None] = Rounds.step,
         *,
         logits_processor: Any,
         stopping_criteria: Any,
@@ -198,7 +201,7 @@ class SelfSpeculativeDecoder:
             )
             while not rounds.done.all():
                 before = int(rounds.n[0])
-                rounds.step()
+                advance(rounds)
                 if streamer is not None:
                     for token in rounds.tokens[0, before : rounds.n[0]]:
                         streamer.put(torch.tensor([token]))

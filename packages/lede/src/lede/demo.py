@@ -16,17 +16,21 @@ from torch import Tensor
 
 from lede.cost import CostModel
 from lede.decoding import SelfSpeculativeDecoder
-from lede.early_exit import EarlyExitConfig, early_exit_loss
+from lede.early_exit import EarlyExitConfig, early_exit_loss, exit_quality
 from lede.experience import ExperienceTable, collect
 from lede.policies import Policy
+from lede.probe import fit_probe
 from lede.selection import Choice, choose_policy
 from lede.simulation import OraclePolicy, simulate
 from lede.text import SEGMENTS, segment_text
 from lede.training import TrainConfig, TrainResult, train_policy
 
 __all__ = [
+    "QUICK",
     "DemoSettings",
     "SeedResult",
+    "compare_recipes",
+    "experience",
     "make_model",
     "prompts",
     "run_seed",
@@ -35,6 +39,9 @@ __all__ = [
     "tell",
     "train_model",
 ]
+
+
+SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -49,27 +56,41 @@ class DemoSettings:
         window: Tokens per window.
         exits: Candidates.
         max_draft: Longest draft.
-        prompts: Training, validation and test prompts.
+        probe_prompts: Training prompts for the probe of hidden states.
+        prompts: Training, validation and test prompts of the policy.
         prompt_tokens: Length of a prompt.
         new_tokens: Generated from each.
         policy_steps: Updates of the policy.
         head_ratio: Cost of the head in one-token layers.
-        targets: Label designs that compete on validation.
+        plain: Whether to train the same model without the recipe too, to compare their exits.
     """
 
     layers: int = 12
     hidden: int = 64
-    train_steps: int = 200
+    train_steps: int = 160
     batch: int = 12
     window: int = 96
-    exits: tuple[int, ...] = (1, 2, 3, 5, 8)
+    exits: tuple[int, ...] = (1, 3, 5, 8)
     max_draft: int = 12
-    prompts: tuple[int, int, int] = (72, 36, 36)
+    probe_prompts: int = 80
+    prompts: tuple[int, int, int] = (80, 32, 40)
     prompt_tokens: int = 64
     new_tokens: int = 64
-    policy_steps: int = 750
+    policy_steps: int = 900
     head_ratio: float = 0.3
-    targets: tuple[str, ...] = ("expected",)
+    plain: bool = True
+
+
+QUICK = DemoSettings(
+    layers=6,
+    exits=(1, 2, 3, 4),
+    train_steps=110,
+    probe_prompts=40,
+    prompts=(40, 16, 16),
+    new_tokens=40,
+    policy_steps=500,
+    plain=False,
+)
 
 
 def make_model(settings: DemoSettings, seed: int) -> Any:
@@ -163,7 +184,7 @@ class SeedResult:
     segments: dict[str, dict[str, float]]
     lossless: bool
     agreement: list[float]
-    training: list[TrainResult] = field(repr=False)
+    training: TrainResult = field(repr=False)
     test: ExperienceTable = field(repr=False)
     model: Any = field(repr=False)
     cost: CostModel = field(repr=False)
@@ -172,15 +193,35 @@ class SeedResult:
 def experience(
     model: Any, settings: DemoSettings, seed: int
 ) -> tuple[ExperienceTable, ExperienceTable, ExperienceTable]:
-    """Training, validation and test experience on prompts of the three splits."""
-    decoder = SelfSpeculativeDecoder(model, settings.exits, max_draft=settings.max_draft)
+    """Training, validation and test experience; the probe is fitted on training prompts apart."""
+    s = settings
+    decoder = SelfSpeculativeDecoder(model, s.exits, max_draft=s.max_draft)
+    apart = s.probe_prompts
+    ids, kinds = prompts(s, "train", apart + s.prompts[0], seed)
+    probe = fit_probe(decoder, ids[:apart], max_new_tokens=s.new_tokens, seed=seed, pad_token_id=0)
     found = []
-    for split, count in zip(("train", "validation", "test"), settings.prompts, strict=True):
-        ids, kinds = prompts(settings, split, count, seed)
+    splits = [(ids[apart:], kinds[apart:])]
+    splits += [prompts(s, name, n, seed) for name, n in zip(SPLITS, s.prompts[1:], strict=True)]
+    for ids, kinds in splits:
         found.append(
-            collect(decoder, ids, max_new_tokens=settings.new_tokens, segment=kinds, pad_token_id=0)
+            collect(
+                decoder,
+                ids,
+                max_new_tokens=s.new_tokens,
+                segment=kinds,
+                probe=probe,
+                pad_token_id=0,
+            )
         )
     return found[0], found[1], found[2]
+
+
+def compare_recipes(model: Any, settings: DemoSettings, seed: int) -> dict[str, Any]:
+    """Loss and agreement of every exit on test text, with the recipe and without (same steps)."""
+    plain = train_model(settings, seed, EarlyExitConfig(p_max=0.0, e_scale=0.0))
+    texts, generator = _texts("test", seed), np.random.default_rng([seed, 9])
+    windows = _windows(texts, 32, settings.window, generator)
+    return {"recipe": exit_quality(model, windows), "plain": exit_quality(plain, windows)}
 
 
 def run_seed(
@@ -200,20 +241,9 @@ def run_seed(
     model = train_model(s, seed, tick=tick)
     train, validation, test = experience(model, s, seed)
     cost = CostModel.memory_bound(s.layers, s.head_ratio)
-    results = [
-        train_policy(
-            train,
-            cost,
-            TrainConfig(
-                target=target,
-                steps=s.policy_steps,
-                seed=seed,
-            ),
-            validation=validation,
-        )
-        for target in s.targets
-    ]
-    choice = choose_policy([r.policy for r in results], train, validation, cost)
+    config = TrainConfig(steps=s.policy_steps, seed=seed)
+    result = train_policy(train, cost, config, validation=validation)
+    choice = choose_policy([result.policy], train, validation, cost)
     speedups, details = {}, {}
     policies: dict[str, Policy] = {**choice.best, "delivered": choice.policy}
     for kind, policy in policies.items():
@@ -229,7 +259,7 @@ def run_seed(
     lossless = _really_decode(model, s, seed, test, choice.policy)
     agreement = [float(a) for a in test.right.mean((0, 2))]
     return SeedResult(
-        speedups, choice, details, segments, lossless, agreement, results, test, model, cost
+        speedups, choice, details, segments, lossless, agreement, result, test, model, cost
     )
 
 
@@ -335,7 +365,9 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def tell(results: list[SeedResult], summary: dict[str, Any]) -> str:
+def tell(
+    results: list[SeedResult], summary: dict[str, Any], recipes: dict[str, Any] | None = None
+) -> str:
     """Say in words what was seen, losses included."""
     delivered, full = summary["delivered"], summary["full"]
     chosen = ", ".join(r.choice.name for r in results)
@@ -357,5 +389,12 @@ def tell(results: list[SeedResult], summary: dict[str, Any]) -> str:
         lines.append("The full learned policy lost to the static pair.")
     if delivered["against_threshold"] < 1:
         lines.append("The delivered policy did not beat the tuned threshold.")
+    if recipes is not None:
+        exits = ", ".join(
+            f"{e}: {recipes['recipe']['agreement'][e - 1]:.2f} and "
+            f"{recipes['plain']['agreement'][e - 1]:.2f}"
+            for e in results[0].test.exits
+        )
+        lines.append(f"Exits agree with the last layer, with the recipe and without: {exits}.")
     lines.append(f"An oracle would reach {summary['oracle']['speedup']:.2f}.")
     return " ".join(lines)

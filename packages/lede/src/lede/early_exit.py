@@ -22,6 +22,7 @@ __all__ = [
     "active_exits",
     "early_exit_loss",
     "exit_loss_weights",
+    "exit_quality",
     "layer_dropout_rates",
 ]
 
@@ -205,3 +206,43 @@ def early_exit_loss(
             )
             loss = loss + weights[i].item() * exit_loss
     return loss
+
+
+def exit_quality(model: Any, input_ids: Tensor, *, batch_size: int = 16) -> dict[str, list[float]]:
+    """How well every layer predicts: next-token loss, and agreement with the last layer.
+
+    Args:
+        model: A causal language model of a supported family; it is run in eval mode.
+        input_ids: Windows of text without padding, [B, T].
+        batch_size: Windows at a time.
+
+    Returns:
+        ``loss`` in nats per token and ``agreement``, the share of positions at which the exit's
+        most likely token is the last layer's; a value per layer 1 .. L.
+
+    Example:
+        >>> from lede.testing import tiny_model
+        >>> found = exit_quality(tiny_model(layers=3), torch.ones(1, 4, dtype=torch.long))
+        >>> len(found["loss"]), found["agreement"][-1]
+        (3, 1.0)
+    """
+    runner = layer_runner(model)
+    loss = torch.zeros(runner.depth, dtype=torch.float64)
+    agree = torch.zeros(runner.depth, dtype=torch.float64)
+    training = model.training
+    model.eval()
+    try:
+        for ids in torch.split(input_ids, batch_size):
+            with torch.no_grad(), _layers_watched(runner.layers, torch.zeros(runner.depth)) as kept:
+                final = model(input_ids=ids.to(runner.device), use_cache=False).logits[:, :-1]
+                best, target = final.argmax(-1), ids[:, 1:].to(final.device)
+                for i in range(runner.depth):
+                    scores = runner.logits(kept[i])[:, :-1]
+                    loss[i] += nn.functional.cross_entropy(
+                        scores.flatten(0, 1), target.flatten().to(scores.device), reduction="sum"
+                    ).cpu()
+                    agree[i] += (scores.argmax(-1) == best.to(scores.device)).sum().cpu()
+    finally:
+        model.train(training)
+    count = input_ids[:, 1:].numel()
+    return {"loss": (loss / count).tolist(), "agreement": (agree / count).tolist()}

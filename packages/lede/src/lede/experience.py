@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lede.adapters import LayerRunner
 from lede.cache import RaggedCache
 from lede.decoding import SelfSpeculativeDecoder, left_padding
 from lede.features import confidence_features
+from lede.probe import AcceptanceProbe
 from shared_core.errors import InputError
 from shared_core.run import load_state, progress, save_state
 
@@ -40,12 +42,14 @@ class ExperienceTable:
         lengths: Generated tokens of each text, [B].
         tokens: The texts' generated tokens, [B, T].
         top: Each exit's most likely token, [B, m, T].
-        features: Each exit's p₁, margin and entropy, [B, m, T, 3].
+        features: Each exit's p₁, margin and entropy, then the probe's outputs if there is one,
+            [B, m, T, 3 or 5].
         branch: Index of the continuation after a wrong prediction, [B, m, T]; -1 where right.
         branch_top: Most likely tokens along the continuations, [M, D - 1].
-        branch_features: Their features, [M, D - 1, 3]. Empty for a teacher-only table.
+        branch_features: Their features, [M, D - 1, 3 or 5]. Empty for a teacher-only table.
         eos: Tokens that end a text.
         segment: A label per text, for reports.
+        probe: What gave the last features.
     """
 
     exits: tuple[int, ...]
@@ -60,6 +64,7 @@ class ExperienceTable:
     branch_features: np.ndarray
     eos: tuple[int, ...] = ()
     segment: tuple[str, ...] = ()
+    probe: AcceptanceProbe | None = None
 
     def __post_init__(self) -> None:
         if len(self.lengths) == 0 or self.top.shape[2] == 0:
@@ -102,13 +107,15 @@ class ExperienceTable:
             self.branch_features,
             self.eos,
             tuple(self.segment[r] for r in rows) if self.segment else (),
+            self.probe,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as one safetensors file."""
-        names = [n for n in self.__dataclass_fields__ if n != "segment"]
+        names = [n for n in self.__dataclass_fields__ if n not in ("segment", "probe")]
         state = {name: getattr(self, name) for name in names}
-        save_state(path, {**state, "segment": list(self.segment)})
+        probe = self.probe.weights if self.probe else None
+        save_state(path, {**state, "segment": list(self.segment), "probe": probe})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ExperienceTable":
@@ -119,7 +126,8 @@ class ExperienceTable:
         """
         state = load_state(path)
         try:
-            return cls(**{**state, "segment": tuple(state["segment"])})
+            probe = AcceptanceProbe(state["probe"]) if state["probe"] else None
+            return cls(**{**state, "segment": tuple(state["segment"]), "probe": probe})
         except (TypeError, KeyError) as error:
             raise InputError(f"{os.fspath(path)} is not saved experience ({error})") from error
 
@@ -134,6 +142,8 @@ def collect(
     batch_size: int = 64,
     branch_batch: int = 256,
     segment: Sequence[str] = (),
+    probe: AcceptanceProbe | None = None,
+    keep_hidden: list[Tensor] | None = None,
     **kwargs: Any,
 ) -> ExperienceTable:
     """Generate greedily from prompts and tabulate every exit at every position.
@@ -148,6 +158,8 @@ def collect(
         batch_size: Prompts at a time.
         branch_batch: Continuations at a time.
         segment: A label per prompt, for reports.
+        probe: Of hidden states, to tabulate beside the distribution's features.
+        keep_hidden: A list to receive normed hidden states [B, m, T, C] in half precision.
         kwargs: For ``generate``, such as ``eos_token_id`` and ``pad_token_id``.
 
     Raises:
@@ -167,7 +179,15 @@ def collect(
         with torch.no_grad():
             parts.append(
                 _tabulate(
-                    decoder, input_ids[chosen], mask, max_new_tokens, mode, branch_batch, kwargs
+                    decoder,
+                    input_ids[chosen],
+                    mask,
+                    max_new_tokens,
+                    mode,
+                    branch_batch,
+                    probe,
+                    keep_hidden,
+                    kwargs,
                 )
             )
     return _concatenate(parts, tuple(segment))
@@ -180,6 +200,8 @@ def _tabulate(
     max_new_tokens: int,
     mode: str,
     branch_batch: int,
+    probe: AcceptanceProbe | None,
+    keep_hidden: list[Tensor] | None,
     kwargs: dict[str, Any],
 ) -> ExperienceTable:
     runner, exits = decoder.runner, decoder.exits
@@ -201,19 +223,24 @@ def _tabulate(
     frame = runner.frame(np.zeros(rows, dtype=np.int64), given.shape[1] - 1, padding, cache)
     hidden = runner.embed(given[:, :-1])
     top = np.zeros((rows, len(exits), count), dtype=np.int64)
-    features = np.zeros((rows, len(exits), count, 3))
-    layer = 0
+    features = np.zeros((rows, len(exits), count, 5 if probe else 3))
+    layer, kept = 0, []
     for j, stop in enumerate(exits):
         hidden = runner.run(hidden, layer, stop, frame, cache)
         layer = stop
-        seen, best = confidence_features(runner.logits(hidden[:, width - 1 :]))
-        features[:, j], top[:, j] = seen.double().cpu().numpy(), best.cpu().numpy()
+        normed = runner.normalize(hidden[:, width - 1 :])
+        if keep_hidden is not None:
+            kept.append(normed.half().cpu())
+        features[:, j], best = _look(runner, normed, probe, j)
+        top[:, j] = best.cpu().numpy()
+    if keep_hidden is not None:
+        keep_hidden.append(torch.stack(kept, 1))
     branch = np.full(top.shape, -1, dtype=np.int64)
     steps = decoder.max_draft - 1
     branch_top, branch_features = [], []
     if mode == "branch" and steps:
         known = 0
-        for j, stop in enumerate(exits):
+        for j in range(len(exits)):
             wrong = (top[:, j] != tokens) & (np.arange(count) < lengths[:, None])
             where = np.argwhere(wrong)
             branch[where[:, 0], j, where[:, 1]] = known + np.arange(len(where))
@@ -221,7 +248,7 @@ def _tabulate(
             for first in range(0, len(where), branch_batch):
                 row, t = where[first : first + branch_batch].T
                 drafted, looks = _continue(
-                    decoder, cache, row, width + t, top[row, j, t], padding[row], stop, steps
+                    decoder, cache, row, width + t, top[row, j, t], padding[row], j, steps, probe
                 )
                 branch_top.append(drafted)
                 branch_features.append(looks)
@@ -235,9 +262,23 @@ def _tabulate(
         features,
         branch,
         np.concatenate(branch_top) if branch_top else np.zeros((0, steps), dtype=np.int64),
-        np.concatenate(branch_features) if branch_features else np.zeros((0, steps, 3)),
+        np.concatenate(branch_features)
+        if branch_features
+        else np.zeros((0, steps, features.shape[-1])),
         eos,
+        (),
+        probe,
     )
+
+
+def _look(
+    runner: LayerRunner, normed: Tensor, probe: AcceptanceProbe | None, candidate: int
+) -> tuple[np.ndarray, Tensor]:
+    """Features of normed hidden states, float64 on the host, and the most likely tokens."""
+    seen, best = confidence_features(runner.head(normed))
+    if probe is not None:
+        seen = torch.cat([seen, probe(normed, candidate)], -1)
+    return seen.double().cpu().numpy(), best
 
 
 def _continue(
@@ -247,11 +288,12 @@ def _continue(
     slots: np.ndarray,
     wrong: np.ndarray,
     padding: np.ndarray,
-    layer: int,
+    candidate: int,
     steps: int,
+    probe: AcceptanceProbe | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Feed wrong drafts at their slots and draft on: top tokens [M, steps], features."""
-    runner = decoder.runner
+    runner, layer = decoder.runner, decoder.exits[candidate]
     length = min(int(slots.max()), cache.capacity)
     branch = cache.gather(torch.from_numpy(rows), layers=layer, length=length, extra=steps + 1)
     token = torch.from_numpy(wrong).to(runner.device)
@@ -259,9 +301,9 @@ def _continue(
     for step in range(steps):
         frame = runner.frame(slots + step, 1, padding, branch)
         hidden = runner.run(runner.embed(token[:, None]), 0, layer, frame, branch)
-        seen, token = confidence_features(runner.logits(hidden)[:, -1])
+        seen, token = _look(runner, runner.normalize(hidden[:, -1]), probe, candidate)
         top.append(token.cpu().numpy())
-        features.append(seen.double().cpu().numpy())
+        features.append(seen)
     return np.stack(top, 1), np.stack(features, 1)
 
 
@@ -294,4 +336,5 @@ def _concatenate(parts: list[ExperienceTable], segment: tuple[str, ...]) -> Expe
         np.concatenate([p.branch_features for p in parts]),
         first.eos,
         segment,
+        first.probe,
     )

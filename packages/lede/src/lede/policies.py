@@ -6,7 +6,7 @@ scores: positive says yes. In a batch that must share one exit, scores are summe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ __all__ = [
     "Observation",
     "Policy",
     "StaticPolicy",
+    "chance",
     "updated_ema",
 ]
 
@@ -42,6 +43,8 @@ class Observation:
         ema: Moving average of the accepted share of drafts.
         prefix: Product of the p₁ of the drafts before, an estimate that all of them are right.
         last_accepted: Drafts accepted in the round before, over the largest draft length.
+        probe: Outputs of the policy's probe of the hidden state, [R, 2]; ``None`` without one.
+        chain: Product of the probe's chances of the drafts before; 1 while walking.
     """
 
     rows: np.ndarray
@@ -54,9 +57,13 @@ class Observation:
     ema: np.ndarray
     prefix: np.ndarray
     last_accepted: np.ndarray
+    probe: np.ndarray | None = None
+    chain: np.ndarray | None = None
 
     def __getitem__(self, chosen: np.ndarray) -> "Observation":
-        return Observation(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+        parts = {n: getattr(self, n) for n in self.__dataclass_fields__}
+        taken: Any = {n: None if p is None else p[chosen] for n, p in parts.items()}
+        return Observation(**taken)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,13 +78,18 @@ class Policy(Protocol):
     Attributes:
         autoregressive: Never drafts: no candidate is visited.
         uses_features: Whether `keep_drafting` looks at the observation's features.
+        needs_head: Whether its features are the distribution's; if not (a probe of the hidden
+            state is enough), the head runs only where a draft is made.
+        probe: An `AcceptanceProbe` to fill ``observation.probe``, or ``None``.
         wants_shadow: Whether `end_round` is to be told each candidate's share of right predictions
             among the tokens just verified (costs a head per candidate).
     """
 
     autoregressive: bool
     uses_features: bool
+    needs_head: bool
     wants_shadow: bool
+    probe: Any
 
     def reset(self, rows: int, exits: Sequence[int], depth: int, max_draft: int) -> None:
         """Begin `rows` sequences on a model of `depth` layers with the candidate `exits`."""
@@ -86,7 +98,7 @@ class Policy(Protocol):
         """Begin a round; `positions` are the committed tokens after the prompt, by row."""
 
     def probes(self, layer: int) -> bool:
-        """Whether the walk needs the head's distribution at this candidate."""
+        """Whether the walk looks at this candidate's features."""
 
     def choose_exit(self, observation: Observation) -> np.ndarray:
         """Scores of exiting here rather than going deeper; not asked at the last candidate."""
@@ -117,6 +129,17 @@ def updated_ema(ema: np.ndarray, accepted: np.ndarray, drafted: np.ndarray) -> n
     return np.where(drafted > 0, 0.8 * ema + 0.2 * share, ema)
 
 
+def chance(log_odds: np.ndarray) -> np.ndarray:
+    """Probability of log-odds, without overflow.
+
+    Example:
+        >>> chance(np.array([0.0]))
+        array([0.5])
+    """
+    out: np.ndarray = 0.5 * (1 + np.tanh(0.5 * log_odds))
+    return out
+
+
 class AutoregressivePolicy:
     """No drafts: every token runs through all layers.
 
@@ -127,7 +150,9 @@ class AutoregressivePolicy:
 
     autoregressive = True
     uses_features = False
+    needs_head = True
     wants_shadow = False
+    probe: Any = None
 
     def reset(self, rows: int, exits: Sequence[int], depth: int, max_draft: int) -> None:
         """Begin `rows` sequences."""

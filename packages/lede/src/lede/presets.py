@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from shared_core.errors import InputError
 
-__all__ = ["DATASETS", "PRESETS", "Preset", "get_preset"]
+__all__ = ["DATASETS", "PRESETS", "Preset", "Prompts", "get_preset"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,47 @@ PRESETS = {
     "llama2-70b": Preset("facebook/layerskip-llama2-70B", (10, 14, 18, 24), 80),
 }
 
+
+@dataclass(frozen=True)
+class Prompts:
+    """A data set of the paper or of LayerSkip and how a prompt is made of it.
+
+    Attributes:
+        source: Hub id.
+        column: Of the text.
+        name: Configuration, if it has several.
+        test: Whether it has a test split; else prompts come from the training split.
+        template: ``{}`` stands for the text, ``{words}`` for its first 100 words.
+    """
+
+    source: str
+    column: str
+    name: str | None = None
+    test: bool = True
+    template: str = "{}"
+
+    def format(self, text: str) -> str:
+        """The prompt of one text.
+
+        Example:
+            >>> DATASETS["xsum"].format("It rained.").splitlines()
+            ['Article: It rained.', 'Summary:']
+        """
+        if self.template == "{words}":
+            return " ".join(text.split()[:100])
+        return self.template.replace("{}", text)
+
+
 DATASETS = {
-    "alpaca": "tatsu-lab/alpaca",
-    "topv2": "WillHeld/top_v2",
-    "cnn_dailymail": "cnn_dailymail",
-    "xsum": "xsum",
-    "humaneval": "openai_humaneval",
-    "gsm8k": "gsm8k",
+    "alpaca": Prompts("tatsu-lab/alpaca", "instruction", test=False),
+    "topv2": Prompts("WillHeld/top_v2", "utterance"),
+    "cnn_dailymail": Prompts("cnn_dailymail", "article", "3.0.0", template="{words}"),
+    "cnn_dailymail-summary": Prompts(
+        "cnn_dailymail", "article", "3.0.0", template="Article: {}\nSummary:"
+    ),
+    "xsum": Prompts("xsum", "document", template="Article: {}\nSummary:"),
+    "humaneval": Prompts("openai_humaneval", "prompt"),
+    "gsm8k": Prompts("gsm8k", "question", "main"),
 }
 
 

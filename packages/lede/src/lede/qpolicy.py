@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lede.errors import PolicyMismatchError
-from lede.policies import AutoregressivePolicy, Observation
+from lede.policies import AutoregressivePolicy, Observation, chance
+from lede.probe import AcceptanceProbe
 from shared_core.errors import InputError
 from shared_core.run import atomic_path, write_json
 
-__all__ = ["STATE_FEATURES", "QPolicy", "StateSpec"]
+__all__ = ["PROBE_FEATURES", "STATE_FEATURES", "QPolicy", "StateSpec"]
 
 STATE_FEATURES = [
     "phase",
@@ -39,6 +40,9 @@ STATE_FEATURES = [
     "joint",
     "log_joint",
 ]
+PROBE_FEATURES = ["chance", "log_odds", "reach", "chain", "log_chain"]
+HEAD_FEATURES = {"p1", "margin", "entropy", "agree", "prefix", "log_doubt", "joint", "log_joint"}
+PROBE_STATE = ("phase", "layer", "index", "ema", "last_accepted", *PROBE_FEATURES)
 WALK, DRAFT = 0, 1
 
 
@@ -47,8 +51,10 @@ class StateSpec:
     """Which features a policy sees, in order; saved with it and checked at loading.
 
     Args:
-        names: Of `STATE_FEATURES`. The first ten are the description's; ``last_accepted``,
-            ``joint`` (Π p₁ with the present one) and its logarithm are ours.
+        names: Of `STATE_FEATURES` and `PROBE_FEATURES`. The first ten are the description's; ours
+            are ``last_accepted``, ``joint`` (Π p₁ with the present one), its logarithm, and what
+            the probe of the hidden state says: the chance that the draft is right, its log-odds,
+            how far drafts stay right (``reach``), the chances' product (``chain``) and logarithm.
 
     Raises:
         InputError: If a name is unknown.
@@ -61,9 +67,20 @@ class StateSpec:
     names: tuple[str, ...] = tuple(STATE_FEATURES)
 
     def __post_init__(self) -> None:
-        unknown = [n for n in self.names if n not in STATE_FEATURES]
+        known = [*STATE_FEATURES, *PROBE_FEATURES]
+        unknown = [n for n in self.names if n not in known]
         if unknown:
-            raise InputError(f"unknown features {unknown}; accepted: {', '.join(STATE_FEATURES)}")
+            raise InputError(f"unknown features {unknown}; accepted: {', '.join(known)}")
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a feature is one of the distribution."""
+        return bool(HEAD_FEATURES & set(self.names))
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether a feature is the probe's."""
+        return bool(set(PROBE_FEATURES) & set(self.names))
 
     def states(self, phase: int, seen: Observation, depth: int, max_draft: int) -> np.ndarray:
         """State vectors, float32 [R, F], of observations in one phase."""
@@ -83,6 +100,18 @@ class StateSpec:
             "joint": joint,
             "log_joint": np.log(np.maximum(joint, 1e-4)) / 9.2,
         }
+        if self.needs_probe:
+            if seen.probe is None or seen.chain is None:
+                raise PolicyMismatchError("the policy's features need a probe of hidden states")
+            right = chance(seen.probe[:, 0])
+            chain = seen.chain * right
+            values |= {
+                "chance": right,
+                "log_odds": np.clip(seen.probe[:, 0], -8, 8) / 8,
+                "reach": chance(seen.probe[:, 1]),
+                "chain": chain,
+                "log_chain": np.log(np.maximum(chain, 1e-4)) / 9.2,
+            }
         return np.stack([values[name] for name in self.names], -1).astype(np.float32)
 
 
@@ -96,6 +125,7 @@ class QPolicy(AutoregressivePolicy):
         depth: Layers of the model.
         max_draft: Longest draft.
         spec: Its state.
+        probe: Of hidden states, if the state has its features.
         mode: ``full``: walks and stops by Q; ``exit_only``: walks by Q, then drafts a fixed
             number; ``draft_only``: a fixed exit, stops by Q.
         exit_layer: For ``draft_only``.
@@ -118,6 +148,7 @@ class QPolicy(AutoregressivePolicy):
         max_draft: int,
         spec: StateSpec | None = None,
         *,
+        probe: AcceptanceProbe | None = None,
         mode: str = "full",
         exit_layer: int | None = None,
         num_draft: int | None = None,
@@ -126,6 +157,12 @@ class QPolicy(AutoregressivePolicy):
         self.weights = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in weights.items()}
         self.exits, self.depth, self.longest = tuple(exits), depth, max_draft
         self.spec = spec or StateSpec()
+        self.probe = probe if self.spec.needs_probe else None
+        if self.spec.needs_probe and (probe is None or probe.exits != len(self.exits)):
+            raise PolicyMismatchError(
+                f"the state has features of a probe of {len(self.exits)} exits; give probe="
+            )
+        self.needs_head = self.spec.needs_head
         expected = (len(self.spec.names), len(self.exits) * 4)
         try:
             shape = self.weights["w1"].shape[0], self.weights["w3"].shape[1]
@@ -162,7 +199,14 @@ class QPolicy(AutoregressivePolicy):
     def variant(self, mode: str, **changes: Any) -> "QPolicy":
         """The same network in another mode."""
         return QPolicy(
-            self.weights, self.exits, self.depth, self.longest, self.spec, mode=mode, **changes
+            self.weights,
+            self.exits,
+            self.depth,
+            self.longest,
+            self.spec,
+            probe=self.probe,
+            mode=mode,
+            **changes,
         )
 
     def q_values(self, phase: int, seen: Observation) -> np.ndarray:
@@ -221,7 +265,8 @@ class QPolicy(AutoregressivePolicy):
         """Write ``policy.safetensors`` and ``policy.json``."""
         target = Path(folder)
         with atomic_path(target / "policy.safetensors") as temporary:
-            save_file(self.weights, temporary)
+            probe = {f"probe.{k}": v for k, v in self.probe.weights.items()} if self.probe else {}
+            save_file({**self.weights, **probe}, temporary)
         write_json(
             target / "policy.json",
             {
@@ -249,7 +294,9 @@ class QPolicy(AutoregressivePolicy):
             folder = _download(os.fspath(source))
         try:
             settings = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
-            weights = load_file(folder / "policy.safetensors")
+            found = load_file(folder / "policy.safetensors")
+            weights = {k: v for k, v in found.items() if not k.startswith("probe.")}
+            own = {k.removeprefix("probe."): v for k, v in found.items() if k not in weights}
             spec = StateSpec(tuple(settings["features"]))
             return cls(
                 weights,
@@ -257,6 +304,7 @@ class QPolicy(AutoregressivePolicy):
                 settings["depth"],
                 settings["max_draft"],
                 spec,
+                probe=AcceptanceProbe(own) if own else None,
                 mode=settings["mode"],
                 exit_layer=settings["exit_layer"],
                 num_draft=settings["num_draft"],
@@ -303,6 +351,16 @@ class QNetwork(torch.nn.Module):
         pair = out[torch.arange(len(states)), candidate * 2 + phase]
         value, advantage = pair.unbind(-1)
         return torch.stack([value - advantage / 2, value + advantage / 2], -1)
+
+    def load(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Take a `QPolicy`'s weights."""
+        with torch.no_grad():
+            for name, layer in zip(
+                "123", (self.trunk[0], self.trunk[2], self.trunk[4]), strict=True
+            ):
+                linear: Any = layer
+                linear.weight.copy_(torch.from_numpy(weights[f"w{name}"].T))
+                linear.bias.copy_(torch.from_numpy(weights[f"b{name}"]))
 
     def weights(self) -> dict[str, np.ndarray]:
         """Numpy weights for `QPolicy`."""

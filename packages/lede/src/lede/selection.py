@@ -14,7 +14,13 @@ import numpy as np
 
 from lede.cost import CostModel
 from lede.experience import ExperienceTable
-from lede.policies import ConfidenceExitPolicy, DELPolicy, DraftVerifyPolicy, Policy
+from lede.policies import (
+    AutoregressivePolicy,
+    ConfidenceExitPolicy,
+    DELPolicy,
+    DraftVerifyPolicy,
+    Policy,
+)
 from lede.qpolicy import QPolicy
 from lede.simulation import best_confidence, best_static, simulate
 
@@ -52,7 +58,7 @@ def choose_policy(
         validation: Experience of other prompts, to choose on.
         cost: What rounds cost.
     """
-    candidates: list[tuple[str, Policy]] = []
+    candidates: list[tuple[str, Policy]] = [("autoregressive", AutoregressivePolicy())]
     static, _ = best_static(train, cost)
     candidates.append(("static", static))
     candidates.append(("threshold", best_confidence(train, cost)[0]))

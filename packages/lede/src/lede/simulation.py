@@ -14,6 +14,7 @@ from lede.policies import (
     Observation,
     Policy,
     StaticPolicy,
+    chance,
     updated_ema,
 )
 from lede.stats import Round
@@ -135,8 +136,12 @@ def simulate(
         spent[active] += here[active]
         if keep_log:
             log += [
-                Round(int(r), int(t[r]), int(layer[r]), int(passes[r]), int(accepted[r]))
-                for r in active
+                Round(*(int(v) for v in values))
+                for values in zip(
+                    active,
+                    *(v[active] for v in (t, layer, passes, accepted, heads, looks)),
+                    strict=True,
+                )
             ]
         shadow = _shadow(table, text, t, accepted)[active] if policy.wants_shadow else None
         if shadow is not None and policy.autoregressive:
@@ -181,6 +186,7 @@ class _Replay:
         index: int,
         features: np.ndarray,
         prefix: np.ndarray,
+        chain: np.ndarray,
     ) -> Observation:
         return Observation(
             rows=rows,
@@ -193,6 +199,8 @@ class _Replay:
             ema=self.ema[rows],
             prefix=prefix,
             last_accepted=self.last[rows],
+            probe=features[:, 3:] if features.shape[1] > 3 else None,
+            chain=chain,
         )
 
     def walk(
@@ -207,22 +215,21 @@ class _Replay:
         probed_before: int | None = None
         walking = rows
         for j, layer in enumerate(table.exits):
-            features = np.full((len(walking), 3), np.nan)
+            features = np.full((len(walking), table.features.shape[-1]), np.nan)
             if policy.probes(layer):
                 text, t = self.text[walking], self.t[walking]
                 features = table.features[text, j, t]
-                heads[walking] += 1
+                heads[walking] += policy.needs_head
                 looks[walking] += 1
-                if probed_before is not None:
+                if probed_before is not None and policy.needs_head:
                     same = table.top[text, j, t] == table.top[text, probed_before, t]
                     self.agree[walking] = same
                 probed_before = j
             if j == len(table.exits) - 1:
                 candidate[walking] = j
                 return
-            seen = self.observe(
-                walking, np.full(len(walking), j), 1, features, np.ones(len(walking))
-            )
+            one = np.ones(len(walking))
+            seen = self.observe(walking, np.full(len(walking), j), 1, features, one, one)
             leaves = policy.choose_exit(seen) > 0
             candidate[walking[leaves]] = j
             walking = walking[~leaves]
@@ -244,7 +251,7 @@ class _Replay:
         layers = np.array(table.exits)[candidate[rows]]
         limit = np.zeros(len(passes), dtype=np.int64)
         limit[rows] = np.minimum(policy.max_drafts(rows, layers), budget[rows])
-        prefix = np.ones(len(passes))
+        prefix, chain = np.ones(len(passes)), np.ones(len(passes))
         probed = np.array([policy.probes(layer) for layer in table.exits])
         going, index = rows, 1
         while True:
@@ -262,14 +269,17 @@ class _Replay:
                 features[off] = table.branch_features[branch, steps]
                 top[off] = table.branch_top[branch, steps]
             fresh = ~probed[j] if index == 1 else np.ones(len(going), dtype=bool)
-            heads[going[fresh]] += 1
             stays = np.ones(len(going), dtype=bool)
             if policy.uses_features:
                 looks[going[fresh]] += 1
-                seen = self.observe(going, j, index, features, prefix[going])
+                seen = self.observe(going, j, index, features, prefix[going], chain[going])
                 stays = policy.keep_drafting(seen) > 0
+            # A policy that needs no distribution has the head run for the drafts it makes.
+            heads[going[fresh if policy.needs_head else stays]] += 1
             stays &= ~np.isin(top, eos)
             prefix[going] *= features[:, 0]
+            if features.shape[1] > 3:
+                chain[going] *= chance(features[:, 3])
             right = table.right[text, j, np.minimum(at, table.tokens.shape[1] - 1)]
             wrong[going[stays & on & ~right]] = index
             going = going[stays]

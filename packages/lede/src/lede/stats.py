@@ -4,6 +4,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from lede.cost import CostModel
+
 __all__ = ["DecodeStats", "Round"]
 
 
@@ -16,6 +20,8 @@ class Round(NamedTuple):
         exit: Exit layer; the model's depth for a plain autoregressive step.
         passes: Passes of the early layers, k; k - 1 drafts were verified.
         accepted: Drafts accepted.
+        heads: Times that the head ran at exits.
+        looks: Times that the policy looked at an exit.
     """
 
     row: int
@@ -23,6 +29,8 @@ class Round(NamedTuple):
     exit: int
     passes: int
     accepted: int
+    heads: int = 0
+    looks: int = 0
 
 
 @dataclass
@@ -81,6 +89,19 @@ class DecodeStats:
     def tokens_per_round(self) -> float:
         """Committed tokens per round."""
         return self.tokens / max(1, self.rounds)
+
+    def cost(self, model: CostModel) -> float:
+        """Counted cost of all rounds (prefill and DEL's shadow heads aside).
+
+        Example:
+            >>> stats = DecodeStats(8, tokens=3, log=[Round(0, 0, 2, 3, 2, heads=2)])
+            >>> round(stats.cost(CostModel.memory_bound(8, head_ratio=0.5)), 3)
+            13.565
+        """
+        if not self.log:
+            return 0.0
+        columns = np.array([(r.exit, r.passes, r.heads, r.looks) for r in self.log]).T
+        return float(np.sum(model.round(*columns)))
 
     def to_dict(self) -> dict[str, Any]:
         """The counts and the histograms of exits and draft lengths, JSON-ready."""

@@ -6,7 +6,7 @@ import torch
 
 from shared_core.errors import InputError
 
-__all__ = ["TINY_MODEL_TYPES", "tiny_model"]
+__all__ = ["TINY_MODEL_TYPES", "synthetic_llama", "tiny_model"]
 
 _SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -100,3 +100,82 @@ def tiny_model(
                     parameter.mul_(4.0 / (1 + depth))  # later layers correct earlier ones
         model.lm_head.weight.mul_(sharpness)
     return model.to(dtype).eval()
+
+
+def synthetic_llama(
+    *,
+    layers: int = 12,
+    hidden: int = 256,
+    vocab: int = 2048,
+    knee: int = 4,
+    acceptance: float = 0.9,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **config: Any,
+) -> Any:
+    """A random Llama of any size whose exit at the knee agrees with its last layer as wanted.
+
+    For timing without weights: real kernels and bytes, a controlled acceptance. What the layers
+    after the knee add to the hidden state is scaled by one factor, found by bisection.
+
+    Args:
+        layers: L.
+        hidden: Width; the shape of a 7B model is ``layers=32, hidden=4096, vocab=32000``.
+        vocab: V.
+        knee: Exit that agrees.
+        acceptance: Share of positions at which it is to agree.
+        seed: Of the weights and of the 256 tokens that the agreement is measured on.
+        dtype: Of the weights.
+        device: Of the weights.
+        config: Further entries of the config.
+
+    Raises:
+        InputError: If knee or acceptance are out of range.
+
+    Example:
+        >>> synthetic_llama(layers=3, hidden=32, vocab=64, knee=1).config.num_hidden_layers
+        3
+    """
+    from lede.adapters import layer_runner
+
+    if not 1 <= knee < layers or not 0 < acceptance < 1:
+        raise InputError(
+            f"knee={knee}, acceptance={acceptance}; accepted: 1 to {layers - 1}, above 0 to below 1"
+        )
+    settings = {
+        "num_attention_heads": max(1, hidden // 64),
+        "num_key_value_heads": max(1, hidden // 64),
+        "intermediate_size": hidden * 11 // 4,
+        "max_position_embeddings": 4096,
+        **config,
+    }
+    model = tiny_model(
+        "llama", layers=layers, vocab=vocab, hidden=hidden, seed=seed, dtype=dtype, **settings
+    ).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab, (4, 64), generator=generator).to(device)
+    runner = layer_runner(model)
+    late = [p for layer in model.model.layers[knee:] for p in _writers(layer)]
+    originals = [p.detach().clone() for p in late]
+    low, high = 0.0, 8.0
+    with torch.no_grad():
+        for _ in range(16):
+            scale = (low + high) / 2
+            for parameter, original in zip(late, originals, strict=True):
+                parameter.copy_(original * scale)
+            states: list[Any] = []
+            hook = model.model.layers[knee - 1].register_forward_hook(
+                lambda m, a, out, states=states: states.append(out)
+            )
+            final = model(ids, use_cache=False).logits
+            hook.remove()
+            early = runner.logits(states[0][0] if isinstance(states[0], tuple) else states[0])
+            agreement = (early.argmax(-1) == final.argmax(-1)).float().mean().item()
+            low, high = (scale, high) if agreement > acceptance else (low, scale)
+    return model
+
+
+def _writers(layer: Any) -> list[torch.Tensor]:
+    """The matrices that write into the residual stream."""
+    return [layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight]

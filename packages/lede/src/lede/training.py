@@ -16,12 +16,13 @@ from torch import Tensor
 from lede.cost import CostModel
 from lede.experience import ExperienceTable
 from lede.policies import EMA_START, Observation
-from lede.qpolicy import DRAFT, WALK, QNetwork, QPolicy, StateSpec
+from lede.qpolicy import DRAFT, PROBE_STATE, WALK, QNetwork, QPolicy, StateSpec
+from lede.rollouts import Episodes, products
 from lede.simulation import best_static, simulate
 from shared_core.errors import InputError
 from shared_core.run import progress
 
-__all__ = ["Episodes", "TrainConfig", "TrainResult", "build_episodes", "train_policy"]
+__all__ = ["TrainConfig", "TrainResult", "build_episodes", "train_policy"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class TrainConfig:
         on_policy: Share of the states drawn from rounds that the current policy visits.
         hidden: Width of the network.
         stride: Take every stride-th start of the table.
-        features: The state.
+        features: The state; by default `StateSpec`'s, or with a probe of hidden states
+            `PROBE_STATE`, which needs no head to decide.
         seed: Of everything.
     """
 
@@ -58,7 +60,7 @@ class TrainConfig:
     on_policy: float = 0.5
     hidden: int = 64
     stride: int = 1
-    features: tuple[str, ...] = StateSpec().names
+    features: tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,29 +70,6 @@ class TrainConfig:
             raise InputError(f"target={self.target!r}; accepted: expected, returns, bootstrap")
         if self.steps < 1 or self.refresh < 1 or self.batch < 1:
             raise InputError("steps, refresh and batch must be at least 1")
-
-
-@dataclass
-class Episodes:
-    """All outcomes of rounds from N starts: for each candidate, what every pass would show.
-
-    Attributes:
-        text: Text of each start, [N].
-        position: Its position, [N].
-        features: p₁, margin, entropy after pass i = 1 .. D, [N, m, D, 3].
-        alive: Whether all drafts before pass i = 1 .. D + 1 are right, [N, m, D + 1].
-        agree: Agreement with the candidate before, [N, m].
-        limit: Drafts that the budget allows, [N].
-        prefix: Product of p₁ before pass i, [N, m, D].
-    """
-
-    text: np.ndarray
-    position: np.ndarray
-    features: np.ndarray
-    alive: np.ndarray
-    agree: np.ndarray
-    limit: np.ndarray
-    prefix: np.ndarray
 
 
 def build_episodes(table: ExperienceTable, stride: int = 1) -> Episodes:
@@ -126,10 +105,23 @@ def build_episodes(table: ExperienceTable, stride: int = 1) -> Episodes:
         off &= branch >= 0
         step = np.clip(index - lead[..., None] - 2, 0, table.branch_top.shape[1] - 1)
         features = np.where(off[..., None], table.branch_features[branch, step], features)
-    prefix = np.ones_like(features[..., 0])
-    prefix[..., 1:] = np.cumprod(features[..., :-1, 0], -1)
-    limit = np.minimum(steps, table.lengths[text] - t - 1)
-    return Episodes(text, t, features, alive, table.agree[text, :, t], limit, prefix)
+    prefix, chain = products(features)
+    return Episodes(
+        table.exits,
+        table.depth,
+        steps,
+        text,
+        t,
+        features,
+        alive,
+        table.agree[text, :, t],
+        np.minimum(steps, table.lengths[text] - t - 1),
+        prefix,
+        chain,
+        np.full(len(text), EMA_START),
+        np.zeros(len(text)),
+        table.probe,
+    )
 
 
 @dataclass
@@ -153,20 +145,30 @@ class TrainResult:
 class _Trainer:
     """Static arrays of the episodes, and the targets that a policy and ρ give them."""
 
-    def __init__(self, table: ExperienceTable, cost: CostModel, config: TrainConfig) -> None:
-        self.table, self.cost, self.config = table, cost, config
-        self.e = e = build_episodes(table, config.stride)
-        self.spec = StateSpec(config.features)
+    def __init__(
+        self, table: ExperienceTable | Episodes, cost: CostModel, config: TrainConfig
+    ) -> None:
+        self.cost, self.config = cost, config
+        if isinstance(table, ExperienceTable):
+            table = build_episodes(table, config.stride)
+        self.e = e = table
+        usual = PROBE_STATE if table.probe else StateSpec().names
+        self.spec = spec = StateSpec(config.features or usual)
+        if spec.needs_probe and table.probe is None:
+            raise InputError("features of a probe need experience collected with probe=")
         self.m, self.steps = len(table.exits), table.max_draft
         layer = np.array(table.exits)[:, None]
         k = np.arange(1, self.steps + 2)
         unit = cost.autoregressive
         early = (k * layer * cost.layer[0]) / unit
-        heads = np.minimum(k, self.steps) * (cost.head[0] + cost.look) / unit
+        # The last pass of the longest round is not looked at; a policy that needs no distribution
+        # has the head run only for the drafts that it makes.
+        made = np.minimum(k, self.steps) if spec.needs_head else k - 1
+        heads = (made * cost.head[0] + np.minimum(k, self.steps) * cost.look) / unit
         late = ((table.depth - layer) * cost.layer_cost(k) + cost.head_cost(k)) / unit
         self.sunk = torch.tensor(early + heads, dtype=torch.float32)  # [m, D + 1]
         self.late = torch.tensor(late, dtype=torch.float32)
-        self.look = (cost.head[0] + cost.look) / unit
+        self.look = (cost.head[0] * spec.needs_head + cost.look) / unit
         index = torch.arange(1, self.steps + 1)
         limit = torch.from_numpy(e.limit)[:, None, None]
         self.valid = (index <= limit).expand(-1, self.m, -1)  # a decision may be taken
@@ -176,13 +178,13 @@ class _Trainer:
         self.agree_draft = np.where(flip, e.agree, 0.0)
         self.alive = torch.from_numpy(e.alive)
         self.tokens = self.alive.cumsum(-1)
-        self.set_contexts(np.full(len(e.text), EMA_START), np.zeros(len(e.text)))
+        self.set_contexts(e.ema, e.last_accepted)
 
     def set_contexts(self, ema: np.ndarray, last: np.ndarray) -> None:
         """Build the states of all decisions with these averages at the starts."""
-        e, table = self.e, self.table
+        e = self.e
         shape = e.prefix.shape
-        layer = np.broadcast_to(np.array(table.exits)[:, None], shape)
+        layer = np.broadcast_to(np.array(e.exits)[:, None], shape)
 
         def spread(value: np.ndarray) -> np.ndarray:
             return np.broadcast_to(value, shape)
@@ -198,11 +200,13 @@ class _Trainer:
             ema=spread(ema[:, None, None]).ravel(),
             prefix=e.prefix.ravel(),
             last_accepted=spread(last[:, None, None]).ravel(),
+            probe=e.features[..., 3:].reshape(-1, 2) if e.features.shape[-1] > 3 else None,
+            chain=e.chain.ravel(),
         )
-        states = self.spec.states(DRAFT, seen, table.depth, self.steps)
+        states = self.spec.states(DRAFT, seen, e.depth, self.steps)
         self.draft_states = torch.from_numpy(states).view(*shape, -1)
         seen.agree = spread(e.agree[..., None]).ravel()
-        states = self.spec.states(WALK, seen, table.depth, self.steps)
+        states = self.spec.states(WALK, seen, e.depth, self.steps)
         self.walk_states = torch.from_numpy(states).view(*shape, -1)[:, :, 0]
 
     def q_all(self, network: QNetwork) -> tuple[Tensor, Tensor]:
@@ -253,6 +257,37 @@ class _Trainer:
         reached = torch.cumprod((~stops).float(), -1)
         self.reached = torch.cat([torch.ones(count, self.m, 1), reached[..., :-1]], -1) > 0
         return draft, walk
+
+    def ratio(self, network: QNetwork) -> tuple[float, float, float, float]:
+        """Expected tokens per cost over the starts, mean exit, acceptance and mean draft length.
+
+        Every start counts alike, whatever policy it was met under.
+        """
+        q_draft, q_walk = self.q_all(network)
+        stops = (q_draft[..., 1] >= q_draft[..., 0]) | ~self.valid
+        stops = torch.cat([stops, torch.ones_like(stops[..., :1])], -1)
+        at = stops.int().argmax(-1, keepdim=True)  # drafts made, at every exit
+        exits = q_walk[..., 1] >= q_walk[..., 0]
+        exits[:, -1] = True
+        j = exits.int().argmax(-1, keepdim=True)
+        spent = self.sunk + self.late
+        cost = spent.expand(len(at), -1, -1).gather(-1, at)[..., 0]
+        whole = (at[..., 0] == self.forced[:, None]) & (at[..., 0] < self.steps)
+        cost = cost - self.look * whole + self.look * torch.arange(self.m)
+        tokens = self.tokens.gather(-1, at)[..., 0]
+        tokens, cost, drafts = (v.gather(1, j) for v in (tokens, cost, at[..., 0]))
+        layer = torch.tensor(self.e.exits)[j].double().mean()
+        accepted = (tokens - 1).sum() / drafts.sum().clamp(min=1)
+        rho = tokens.sum() / cost.sum()
+        return float(rho), float(layer), float(accepted), float(drafts.double().mean())
+
+    def best_fixed(self) -> float:
+        """Expected tokens per cost of the best static pair over the starts."""
+        k = torch.minimum(torch.arange(self.steps + 1), self.forced[:, None])
+        tokens = self.tokens.gather(-1, k[:, None].expand(-1, self.m, -1))
+        cost = (self.sunk + self.late).expand(len(k), -1, -1)
+        cost = cost.gather(-1, k[:, None].expand(-1, self.m, -1))
+        return float((tokens.sum(0) / cost.sum(0)).max())
 
     def bootstrap(
         self, network: QNetwork, target: QNetwork, rho: float, n: Tensor, j: Tensor, i: Tensor
@@ -314,16 +349,16 @@ def _expected_tokens(trainer: _Trainer, generator: torch.Generator, steps: int) 
 
 
 def train_policy(
-    table: ExperienceTable,
+    table: ExperienceTable | Episodes,
     cost: CostModel,
     config: TrainConfig | None = None,
     *,
-    validation: ExperienceTable | None = None,
+    validation: ExperienceTable | Episodes | None = None,
 ) -> TrainResult:
     """Train a `QPolicy` and keep the checkpoint that is fastest on validation experience.
 
     Args:
-        table: Training experience, with continuations.
+        table: Training experience: a table with continuations, or roll-outs (for sampling).
         cost: What rounds cost.
         config: Settings.
         validation: To choose the checkpoint on; by default the training experience.
@@ -342,18 +377,49 @@ def train_policy(
         torch.set_rng_state(state)
 
 
+class _Measure:
+    """How fast a network's policy is, on a table by replay, on roll-outs by expectation."""
+
+    def __init__(
+        self, source: ExperienceTable | Episodes, cost: CostModel, config: TrainConfig
+    ) -> None:
+        self.source, self.cost = source, cost
+        self._rollouts = (
+            None if isinstance(source, ExperienceTable) else _Trainer(source, cost, config)
+        )
+
+    def __call__(self, network: QNetwork, policy: QPolicy) -> tuple[dict[str, float], Any]:
+        """Speedup, mean exit, acceptance, mean draft length; and the round starts of a replay."""
+        names = ("speedup", "mean_exit", "acceptance", "mean_draft")
+        if self._rollouts is not None:
+            return dict(zip(names, self._rollouts.ratio(network), strict=True)), None
+        assert isinstance(self.source, ExperienceTable)
+        found = simulate(self.source, policy, self.cost)
+        values = (
+            found.speedup,
+            found.mean_exit_layer,
+            found.acceptance_rate,
+            found.mean_draft_len,
+        )
+        return dict(zip(names, values, strict=True)), found.contexts
+
+
 def _train(
-    table: ExperienceTable,
-    held_out: ExperienceTable,
+    table: ExperienceTable | Episodes,
+    held_out: ExperienceTable | Episodes,
     cost: CostModel,
     config: TrainConfig,
     generator: torch.Generator,
 ) -> TrainResult:
     trainer = _Trainer(table, cost, config)
-    static, rho = best_static(table, cost)
-    seen = simulate(table, static, cost, keep_log=False)
-    visited = _use_contexts(trainer, seen.contexts)
-    network = QNetwork(len(config.features), trainer.m, config.hidden)
+    on_training, on_held_out = (_Measure(t, cost, config) for t in (table, held_out))
+    if isinstance(table, ExperienceTable):
+        static, rho = best_static(table, cost)
+        seen = simulate(table, static, cost, keep_log=False)
+        visited = _use_contexts(trainer, seen.contexts)
+    else:
+        rho, visited = trainer.best_fixed(), torch.arange(len(table))
+    network = QNetwork(len(trainer.spec.names), trainer.m, config.hidden)
     target = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
     tokens = trainer.tokens
@@ -367,7 +433,9 @@ def _train(
 
     def snapshot() -> QPolicy:
         weights = network.weights()
-        return QPolicy(weights, table.exits, table.depth, table.max_draft, trainer.spec)
+        return QPolicy(
+            weights, table.exits, table.depth, table.max_draft, trainer.spec, probe=table.probe
+        )
 
     draft, walk = trainer.returns(network, rho, tokens)
     for step in progress(range(config.steps), description="training the policy", unit="step"):
@@ -375,12 +443,13 @@ def _train(
             optimizer.param_groups[0]["lr"] = config.lr / 5
         if step and step % config.refresh == 0:
             policy = snapshot()
-            result = simulate(table, policy, cost)
+            result, contexts = on_training(network, policy)
             if step >= min(600, config.steps // 3):
-                rho = max(1.0, result.speedup)
-            visited = _use_contexts(trainer, result.contexts)
+                rho = max(1.0, result.pop("speedup"))
+            if contexts is not None:
+                visited = _use_contexts(trainer, contexts)
             draft, walk = trainer.returns(network, rho, tokens)
-            value = simulate(held_out, policy, cost, keep_log=False).speedup
+            value = on_held_out(network, policy)[0]["speedup"]
             checkpoints.append((value, policy))
             history.append(
                 {
@@ -388,9 +457,7 @@ def _train(
                     "loss": float(np.mean(losses)),
                     "rho": rho,
                     "validation": value,
-                    "mean_exit": result.mean_exit_layer,
-                    "acceptance": result.acceptance_rate,
-                    "mean_draft": result.mean_draft_len,
+                    **{k: result[k] for k in ("mean_exit", "acceptance", "mean_draft")},
                 }
             )
             losses.clear()
@@ -429,11 +496,10 @@ def _train(
             for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
                 slow.lerp_(fast, config.tau)
     policy = snapshot()
-    checkpoints.append((simulate(held_out, policy, cost, keep_log=False).speedup, policy))
+    checkpoints.append((on_held_out(network, policy)[0]["speedup"], policy))
     best = max(checkpoints, key=lambda pair: pair[0])[1]
-    return TrainResult(
-        best, checkpoints, history, simulate(table, best, cost, keep_log=False).speedup
-    )
+    network.load(best.weights)
+    return TrainResult(best, checkpoints, history, on_training(network, best)[0]["speedup"])
 
 
 def _use_contexts(trainer: _Trainer, contexts: tuple[np.ndarray, np.ndarray]) -> Tensor:

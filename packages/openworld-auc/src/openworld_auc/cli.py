@@ -34,6 +34,10 @@ app = new_app(
 )
 
 Ci = Annotated[str, typer.Option("--ci", help="Interval: placement or bootstrap.")]
+ByClass = Annotated[
+    bool, typer.Option("--by-class", help="Bootstrap whole classes instead of samples.")
+]
+Workers = Annotated[int, typer.Option("--workers", help="Processes that load images.", min=0)]
 Threshold = Annotated[
     str | None,
     typer.Option(
@@ -50,7 +54,7 @@ TestData = Annotated[
 TestSplit = Annotated[str, typer.Option("--test-split", help="Split to test on.")]
 SplitFile = Annotated[
     Path | None,
-    typer.Option("--split-file", help="A split_zhou_*.json; --data is its folder of images."),
+    typer.Option("--split-file", help="A split_zhou_*.json, or csv; --data is its image folder."),
 ]
 Cache = Annotated[
     Path | None, typer.Option("--features-cache", help="Folder that keeps image features.")
@@ -146,9 +150,7 @@ def score(
         float | None, typer.Option("--prior", help="Fraction of base samples, for the accuracy.")
     ] = None,
     ci: Ci = "placement",
-    by_class: Annotated[
-        bool, typer.Option("--by-class", help="Bootstrap whole classes (column target).")
-    ] = False,
+    by_class: ByClass = False,
     out: Out = None,
     as_json: Json = False,
     plots: Plots = True,
@@ -156,7 +158,8 @@ def score(
     """Measure any model from a file of its scores; no CLIP is involved.
 
     Columns: score (larger = more base-like), is_base (or domain: base/new), and correct within
-    the sample's own domain (or pred and target).
+    the sample's own domain (or pred and target). Optional: target, for --by-class; joint_correct,
+    of a classifier that chooses among all classes.
 
     Example: openworld-auc score scores.csv --threshold 0.5
     """
@@ -177,6 +180,7 @@ def score(
         prior=prior,
         ci=ci,  # type: ignore[arg-type]
         classes=given.target if by_class else None,
+        joint_correct=given.joint_correct,
     )
     run = RunFolder(out or Path("runs/openworld-auc/score") / file.stem)
     run.write_config("openworld-auc score", {"file": str(file), "ci": ci, "threshold": threshold})
@@ -237,6 +241,9 @@ def train(
     ] = None,
     shots: Annotated[int, typer.Option("--shots", help="Training images a base class.")] = 16,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over them.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Images a step.  [default: 32]")
+    ] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
     k: Annotated[int | None, typer.Option("--k", help="Number of detectors.")] = None,
     lam: Annotated[float | None, typer.Option("--lam", help="Weight of the ranking.")] = None,
@@ -246,6 +253,14 @@ def train(
     template: Annotated[
         str | None, typer.Option("--template", help="Prompt of new classes, with {}.")
     ] = None,
+    detectors_per_step: Annotated[
+        int | None,
+        typer.Option("--detectors-per-step", help="Train so many of them in turns; approximate."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
+    ] = "float32",
+    workers: Workers = 0,
     features_cache: Cache = None,
     resume: Resume = False,
     out: Out = None,
@@ -255,66 +270,81 @@ def train(
 ) -> None:
     """Tune prompts on a few images of the base classes, and test on base and new ones.
 
+    Several processes or GPUs: torchrun --nproc-per-node N -m openworld_auc.cli train ...; the
+    result is that of one process.
+
     Example: openworld-auc train --preset oxford_pets --data pets/images
     --split-file split_zhou_OxfordPets.json --backbone ViT-B-16-quickgelu --pretrained openai
     """
     from dataclasses import asdict, replace
 
+    from openworld_auc import _parallel as parallel
     from openworld_auc import plots as pictures
     from openworld_auc.backbone import load_backbone
     from openworld_auc.gmop import GMoP
-    from openworld_auc.presets import METHODS, load_preset
     from openworld_auc.train import GMoPTrainer, extract_features
-    from shared_core.device import select_device
+    from shared_core.device import select_device, select_dtype
     from shared_core.run import RunFolder, write_json
 
-    if preset is not None:
-        benchmark, settings = load_preset(preset, method)
-        base = benchmark.base if base is None else base
-    elif method in METHODS:
-        settings = METHODS[method]
-    else:
-        raise InputError(f"there is no method {method!r}; accepted: {', '.join(METHODS)}")
-    if settings.train is None:
-        raise InputError(
-            f"the method {method!r} trains nothing; accepted: gmop, gmop-official, coop"
-        )
+    benchmark, settings = _recipe(preset, method)
+    base = benchmark.base if benchmark is not None and base is None else base
     changes = {"k": k, "lam": lam, "alpha": alpha, "template": template, "seed": seed}
     model_config = replace(settings.model, **_given(changes))
-    recipe = replace(settings.train, **_given({"epochs": epochs, "lr": lr, "seed": seed}))
-    chosen = select_device(device)
-    run = RunFolder(out or Path(f"runs/openworld-auc/train-{preset or method}"), resume=resume)
-    clip, transform = load_backbone(backbone, pretrained, device=chosen)
-    parts = _parts(data, transform, base, shots, seed, test_data, test_split, split_file)
-    source = {
-        "backbone": backbone,
-        "pretrained": pretrained,
-        "data": data,
-        "test_data": test_data,
-        "test_split": test_split,
-        "split_file": None if split_file is None else str(split_file),
-        "base": len(parts.base_classes),
-        "shots": shots,
-        "seed": seed,
-    }
-    run.write_config(
-        "openworld-auc train",
-        {**source, "method": method, "model": asdict(model_config), "train": asdict(recipe)},
-        distributions=["openworld-auc", "open_clip_torch"],
-    )
-    write_json(run.path / "manifest.json", parts.manifest)
-    cache = features_cache or run.path / "features"
-    features = [
-        extract_features(clip, p, cache=cache) for p in (parts.train, parts.base, parts.new)
-    ]
-    model = GMoP(clip, parts.base_classes, config=model_config).set_classes(parts.new_classes)
-    started = time.perf_counter()
-    trainer = GMoPTrainer(model, features[0], config=recipe, run=run, resume=resume)
-    history = trainer.fit()
-    seconds = time.perf_counter() - started
-    model.save_pretrained(run.path)
-    run.save_figure("training", pictures.training_figure(history))
-    _test(run, {method: model}, features[1], features[2], as_json, history, seconds)
+    changes = {"epochs": epochs, "lr": lr, "seed": seed, "batch_size": batch_size, "dtype": dtype}
+    changes["detectors_per_step"] = detectors_per_step
+    recipe = replace(settings.train, **_given(changes))
+    with parallel.processes(select_device(device)) as chosen:
+        kind = select_dtype(dtype, chosen)
+        run = RunFolder(out or Path(f"runs/openworld-auc/train-{preset or method}"), resume=resume)
+        clip, transform = load_backbone(backbone, pretrained, device=chosen)
+        parts = _parts(data, transform, base, shots, seed, test_data, test_split, split_file)
+        source = {
+            "backbone": backbone,
+            "pretrained": pretrained,
+            "data": data,
+            "test_data": test_data,
+            "test_split": test_split,
+            "split_file": None if split_file is None else str(split_file),
+            "base": len(parts.base_classes),
+            "shots": shots,
+            "seed": seed,
+            "dtype": str(kind).removeprefix("torch."),
+        }
+        if parallel.is_first():
+            run.write_config(
+                "openworld-auc train",
+                {
+                    **source,
+                    "method": method,
+                    "model": asdict(model_config),
+                    "train": asdict(recipe),
+                },
+                distributions=["openworld-auc", "open_clip_torch"],
+            )
+            write_json(run.path / "manifest.json", parts.manifest)
+        cache = features_cache or run.path / "features"
+        features = [
+            extract_features(clip, part, cache=cache, workers=workers, dtype=kind)
+            for part in (parts.train, parts.base, parts.new)
+        ]
+        model = GMoP(clip, parts.base_classes, config=model_config).set_classes(parts.new_classes)
+        started = time.perf_counter()
+        trainer = GMoPTrainer(model, features[0], config=recipe, run=run, resume=resume)
+        history = trainer.fit()
+        seconds = time.perf_counter() - started
+        if not parallel.is_first():
+            return
+        model.save_pretrained(run.path)
+        run.save_figure("training", pictures.training_figure(history))
+        _test(
+            run,
+            {method: model},
+            features[1],
+            features[2],
+            as_json,
+            history=history,
+            seconds=seconds,
+        )
 
 
 @command(app, "eval")
@@ -328,6 +358,9 @@ def evaluate(
     compare_to: Annotated[
         str, typer.Option("--compare-to", help="zeroshot, or folders of other runs, by commas.")
     ] = "zeroshot",
+    ci: Ci = "placement",
+    by_class: ByClass = False,
+    workers: Workers = 0,
     features_cache: Cache = None,
     out: Out = None,
     device: Device = "auto",
@@ -341,22 +374,24 @@ def evaluate(
     from dataclasses import replace
 
     from openworld_auc import plots as pictures
+    from openworld_auc._checks import check_choice
     from openworld_auc.backbone import load_backbone
     from openworld_auc.gmop import GMoP
     from openworld_auc.presets import METHODS
     from openworld_auc.report import fit_threshold
     from openworld_auc.train import evaluation, extract_features
-    from shared_core.device import select_device
+    from shared_core.device import select_device, select_dtype
     from shared_core.run import RunFolder
 
+    check_choice("--ci", ci, ("placement", "bootstrap"))
     try:
         told = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} is not the folder of a finished training run") from error
     sweep = _numbers(ratios)
-    clip, transform = load_backbone(
-        told["backbone"], told["pretrained"], device=select_device(device)
-    )
+    chosen = select_device(device)
+    kind = select_dtype(told["dtype"], chosen)
+    clip, transform = load_backbone(told["backbone"], told["pretrained"], device=chosen)
     model = GMoP.from_pretrained(folder, clip)
     parts = _parts(
         data or told["data"],
@@ -369,7 +404,10 @@ def evaluate(
         told["split_file"],
     )
     cache = features_cache or folder / "features"
-    base, new = (extract_features(clip, p, cache=cache) for p in (parts.base, parts.new))
+    base, new = (
+        extract_features(clip, part, cache=cache, workers=workers, dtype=kind)
+        for part in (parts.base, parts.new)
+    )
     models = {folder.name: model}
     for name in filter(None, (n.strip() for n in compare_to.split(","))):
         if name == "zeroshot":
@@ -379,11 +417,14 @@ def evaluate(
             other = GMoP.from_pretrained(name, clip)
         models[Path(name).name] = other
     run = RunFolder(out or Path("runs/openworld-auc/eval") / folder.name)
-    run.write_config("openworld-auc eval", {"folder": str(folder), "compare_to": compare_to})
+    run.write_config(
+        "openworld-auc eval",
+        {"folder": str(folder), "compare_to": compare_to, "ci": ci, "by_class": by_class},
+    )
     case = evaluation(model, base, new)
     threshold = fit_threshold(case[0], case[2], rule="tpr95")
     run.save_figure("ratios", pictures.ratio_figure(case, threshold, sweep))
-    _test(run, models, base, new, as_json)
+    _test(run, models, base, new, as_json, ci="bootstrap" if by_class else ci, by_class=by_class)
 
 
 @command(app)
@@ -413,6 +454,23 @@ def presets(as_json: Json = False) -> None:
     backbones = ", ".join(f"{name} ({weights})" for name, weights in BACKBONES)
     text = f"{format_table(rows)}\n\nmethods: {', '.join(METHODS)}\nbackbones: {backbones}"
     show_result(summary, text, as_json=as_json)
+
+
+def _recipe(preset: str | None, method: str) -> tuple[Any, Any]:
+    """The benchmark, if one is named, and the settings of a method that trains."""
+    from openworld_auc.presets import METHODS, load_preset
+
+    if preset is not None:
+        benchmark, settings = load_preset(preset, method)
+    elif method in METHODS:
+        benchmark, settings = None, METHODS[method]
+    else:
+        raise InputError(f"there is no method {method!r}; accepted: {', '.join(METHODS)}")
+    if settings.train is None:
+        raise InputError(
+            f"the method {method!r} trains nothing; accepted: gmop, gmop-official, coop"
+        )
+    return benchmark, settings
 
 
 def _given(changes: dict[str, Any]) -> dict[str, Any]:
@@ -462,17 +520,23 @@ def _test(
     base: Any,
     new: Any,
     as_json: bool,
+    *,
+    ci: Any = "placement",
+    by_class: bool = False,
     history: Any = None,
     seconds: float = 0.0,
 ) -> None:
     """Evaluate models on the same features, the first against the others, and show the result."""
+    import torch
+
     from openworld_auc import plots as pictures
     from openworld_auc.intervals import compare_openworld_auc
     from openworld_auc.report import openworld_report
     from openworld_auc.train import evaluation
 
     cases = {name: evaluation(model, base, new) for name, model in models.items()}
-    reports = {name: openworld_report(*case, ci="placement") for name, case in cases.items()}
+    classes = torch.cat([base[1], new[1]]) if by_class else None  # each domain draws its own
+    reports = {n: openworld_report(*case, ci=ci, classes=classes) for n, case in cases.items()}
     run.save_figure("curves", pictures.curve_figure(cases))
     first, *others = cases
     run.save_figure("scores", pictures.histogram_figure(cases[first]))

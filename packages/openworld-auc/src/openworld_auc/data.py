@@ -1,5 +1,6 @@
 """Base and new classes, and few shots of the base ones, as the paper's benchmarks have them."""
 
+import csv
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -102,7 +103,8 @@ def read_split_file(
     """Training and test images of a split file of the CoOp community (``split_zhou_*.json``).
 
     Args:
-        path: The file: ``{"train": [[file, label, class name], ...], "test": [...]}``.
+        path: The file: ``{"train": [[file, label, class name], ...], "test": [...]}``; or a csv
+            with the columns ``file``, ``label``, ``name`` and ``split`` (train or test).
         images: The folder that its file names start from.
         transform: Applied to each image.
 
@@ -110,14 +112,15 @@ def read_split_file(
         InputError: If the file is not such a file, or an image is missing.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = _csv_lists(text) if Path(path).suffix.lower() == ".csv" else json.loads(text)
         lists = [
             [(str(f), int(label), str(n)) for f, label, n in content[s]] for s in ("train", "test")
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is not a split file ({error}); accepted: JSON with 'train' and 'test', lists "
-            "of [file, label, class name]"
+            "of [file, label, class name], or csv with columns file, label, name and split"
         ) from error
     names = {label: name for rows in lists for _, label, name in rows}
     if sorted(names) != list(range(len(names))):
@@ -133,6 +136,13 @@ def read_split_file(
         for rows in lists
     )
     return train, test
+
+
+def _csv_lists(text: str) -> dict[str, list[tuple[str, str, str]]]:
+    lists: dict[str, list[tuple[str, str, str]]] = {"train": [], "test": []}
+    for row in csv.DictReader(text.splitlines()):
+        lists.setdefault(row["split"], []).append((row["file"], row["label"], row["name"]))
+    return lists
 
 
 class _Files(Sequence[Any]):

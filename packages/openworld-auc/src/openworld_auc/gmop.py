@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from openworld_auc._checks import check_choice
 from openworld_auc.backbone import as_backbone
+from openworld_auc.fusion import erf_scores
 from openworld_auc.losses import SURROGATES, Surrogate, gated_pairwise_auc_loss
 from openworld_auc.partition import pseudo_partition
 from openworld_auc.prompts import PromptLearner, clean_names, encode_prompts, template_features
@@ -46,9 +47,10 @@ class GMoPConfig:
         margin: Of the pair loss.
         base_prompt: ``tuned``, or ``template`` for a zero-shot base classifier.
         new_prompt: ``template``, or ``tuned`` to use g's prompt for new classes too, as CoOp does.
-        detector: ``tuned``; ``mcm``, the largest base probability over all names; or ``sum`` of the
-            base probabilities.
-        detector_prompt: The prompt of ``mcm`` and ``sum``: ``tuned`` or ``template``.
+        detector: ``tuned``; ``mcm``, the largest base probability over all names; ``sum`` of the
+            base probabilities; or ``erf``, both of these by their ranks among the images of one
+            call, so give it a whole test set (`openworld_auc.fusion.erf_scores`).
+        detector_prompt: The prompt of ``mcm``, ``sum`` and ``erf``: ``tuned`` or ``template``.
         detector_vocab: Names in a tuned detector's softmax when testing: ``all``, or ``pseudo``,
             those it was trained with.
         fuse: How K detectors become one: ``max`` or ``mean``.
@@ -72,7 +74,7 @@ class GMoPConfig:
     margin: float = 1.0
     base_prompt: Literal["tuned", "template"] = "tuned"
     new_prompt: Literal["tuned", "template"] = "template"
-    detector: Literal["tuned", "mcm", "sum"] = "tuned"
+    detector: Literal["tuned", "mcm", "sum", "erf"] = "tuned"
     detector_prompt: Literal["tuned", "template"] = "tuned"
     detector_vocab: Literal["all", "pseudo"] = "all"
     fuse: Literal["max", "mean"] = "max"
@@ -89,7 +91,7 @@ class GMoPConfig:
         check_choice("surrogate", self.surrogate, SURROGATES)
         for name in ("base_prompt", "new_prompt", "detector_prompt"):
             check_choice(name, getattr(self, name), ("tuned", "template"))
-        check_choice("detector", self.detector, ("tuned", "mcm", "sum"))
+        check_choice("detector", self.detector, ("tuned", "mcm", "sum", "erf"))
         check_choice("detector_vocab", self.detector_vocab, ("all", "pseudo"))
         check_choice("fuse", self.fuse, ("max", "mean"))
         check_choice("score_space", self.score_space, ("probability", "logodds"))
@@ -104,7 +106,7 @@ class GMoPOutput(NamedTuple):
         base_logits: Over base classes, [b, C_b].
         new_logits: Over new classes, [b, C_n], or None without new classes.
         base_score: Detector score r, larger means more base-like, float32, [b].
-        detector_scores: Score of each detector, [b] each; empty for ``mcm`` and ``sum``.
+        detector_scores: Score of each detector, [b] each; empty unless tuned.
     """
 
     base_logits: Tensor
@@ -209,7 +211,14 @@ class GMoP(nn.Module):
             return cast(Tensor, self.backbone.scale * features.float() @ texts.float().T)
 
     def loss(
-        self, features: Float[Tensor, "b D"], targets: Int[Tensor, " b"]
+        self,
+        features: Float[Tensor, "b D"],
+        targets: Int[Tensor, " b"],
+        *,
+        base_logits: Float[Tensor, "b C_b"] | None = None,
+        new_logits: Float[Tensor, "b C_b"] | None = None,
+        detectors: Sequence[int] | None = None,
+        split: bool = False,
     ) -> dict[str, Float[Tensor, ""]]:
         """The objective of a batch of base-class images.
 
@@ -221,6 +230,13 @@ class GMoP(nn.Module):
         Args:
             features: Normalised image features.
             targets: Labels among the base classes.
+            base_logits: Of a base classifier of your own, in the place of g: its cross entropy and
+                its gates; g's prompt is left alone.
+            new_logits: Over the base classes, of a classifier of new classes of your own, in the
+                place of zero-shot CLIP.
+            detectors: Train only these, and divide by their number; an approximation of K.
+            split: Whether the processes of torch.distributed, all with the same batch, share out
+                the prompts; the gradients of all processes are then to be added up.
 
         Returns:
             ``total``, and its parts before weighting ``ce``, ``warm`` and ``auc``.
@@ -239,18 +255,30 @@ class GMoP(nn.Module):
                     f"label {low if low < 0 else high} is outside [0, {count}): "
                     f"there are {count} base classes, counted from 0"
                 )
+        for name, given in (("base_logits", base_logits), ("new_logits", new_logits)):
+            if given is not None and given.shape != (len(targets), count):
+                raise InputError(
+                    f"{name} has shape {list(given.shape)}; accepted: {[len(targets), count]}, a "
+                    "column for each base class"
+                )
         trains_detectors = bool(self.partition) and (config.lam > 0 or config.alpha > 0)
-        parts = self.partition if trains_detectors else []
-        prompts: list[tuple[PromptLearner, Sequence[str]]] = [(self.classifier, self.base_classes)]
-        for learner, part in zip(self.detectors, parts, strict=False):
+        chosen = range(len(self.partition)) if detectors is None else detectors
+        parts = [self.partition[k] for k in chosen] if trains_detectors else []
+        prompts: list[tuple[PromptLearner, Sequence[str]]] = []
+        if base_logits is None:
+            prompts.append((self.classifier, self.base_classes))
+        for k, part in zip(chosen, parts, strict=False):
             names = [self.base_classes[c] for c in part.vocabulary]
-            prompts.append((cast(PromptLearner, learner), names))
-        texts = encode_prompts(self.backbone, prompts, chunk=config.chunk)
-        logits = self._logits(features, texts[0])
-        ce = F.cross_entropy(logits, targets)
-        gate_base, gate_new = self._gates(features, logits, targets)
+            prompts.append((cast(PromptLearner, self.detectors[k]), names))
+        texts = encode_prompts(self.backbone, prompts, chunk=config.chunk, split=split)
+        if base_logits is None:
+            base_logits = self._logits(features, texts.pop(0))
+        if new_logits is None:
+            new_logits = self._logits(features, self._zero_shot)
+        ce = F.cross_entropy(base_logits, targets)
+        gate_base, gate_new = self._gates(base_logits, new_logits, targets)
         warm, auc = ce.new_zeros(()), ce.new_zeros(())
-        for part, text in zip(parts, texts[1:], strict=True):
+        for part, text in zip(parts, texts, strict=True):
             column = torch.full((count,), -1, device=targets.device)
             column[list(part.pseudo_base)] = torch.arange(
                 len(part.pseudo_base), device=targets.device
@@ -272,11 +300,10 @@ class GMoP(nn.Module):
         total = ce + config.alpha * warm + config.lam * auc
         return {"total": total, "ce": ce, "warm": warm, "auc": auc}
 
-    def _gates(self, features: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _gates(self, base: Tensor, new: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """φ_b from the base classifier in training, φ_n from zero-shot prompts."""
-        zero_shot = self._logits(features, self._zero_shot)
         gates = []
-        for values in (logits.detach() if self.config.detach_gate else logits, zero_shot):
+        for values in (base.detach() if self.config.detach_gate else base, new):
             if self.config.gate == "none":
                 gates.append(torch.ones_like(values[:, 0]))
             elif self.config.gate == "hard":
@@ -364,6 +391,8 @@ class GMoP(nn.Module):
 
     def _untuned_score(self, logits: Tensor) -> Tensor:
         count = len(self.base_classes)
+        if self.config.detector == "erf":
+            return erf_scores(logits, count)
         if self.config.detector == "mcm":
             return self._largest(logits, torch.arange(count, device=logits.device))
         base = logits[:, :count].logsumexp(1)
@@ -397,9 +426,9 @@ class GMoP(nn.Module):
         ]
 
     def contexts(self) -> dict[str, Tensor]:
-        """The trained tensors by name, on the CPU."""
+        """A copy of the trained tensors by name, on the CPU."""
         kept = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        return {n: p.detach().cpu().contiguous() for n, p in kept.items()}
+        return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in kept.items()}
 
     def load_contexts(self, tensors: dict[str, Tensor]) -> None:
         """Take contexts as `contexts` gave them.

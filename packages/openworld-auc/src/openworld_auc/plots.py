@@ -123,5 +123,6 @@ def training_figure(history: Sequence[Mapping[str, float]]) -> Any:
             values = [record[key] for record in history]
             axes.plot(range(1, len(values) + 1), values, label=name)
         axes.set(xlabel="epoch", ylabel="loss", ylim=(0, None), title="Training")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     return figure

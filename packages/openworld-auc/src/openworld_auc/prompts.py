@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from openworld_auc._parallel import gather, share
 from shared_core.data.prompts import fill
 from shared_core.errors import InputError
 
@@ -126,6 +127,7 @@ def encode_prompts(
     prompts: Sequence[tuple[PromptLearner, Sequence[str]]],
     *,
     chunk: int | None = None,
+    split: bool = False,
 ) -> list[Float[Tensor, "classes D"]]:
     """Text features of several prompts in one call, padded to their common length.
 
@@ -134,11 +136,18 @@ def encode_prompts(
         prompts: Pairs of a prompt and the class names that it is used with.
         chunk: Sequences at a time, with their activations computed anew in the backward pass; for
             a thousand classes and more. By default all at once.
+        split: Whether the processes of torch.distributed encode a share each, and gather.
     """
+    if not prompts:
+        return []
     made = [learner(backbone, names) for learner, names in prompts]
     length = max(embeds.shape[1] for embeds, _ in made)
     padded = [nn.functional.pad(e, (0, 0, 0, length - e.shape[1])) for e, _ in made]
     embeds, ends = torch.cat(padded), torch.cat([read_at for _, read_at in made])
+    total = len(embeds)
+    if split:
+        own = share(total)
+        embeds, ends = embeds[own], ends[own]
     if chunk is None or chunk >= len(embeds):
         features = backbone.encode_prompt_embeds(embeds, ends)
     else:
@@ -149,6 +158,8 @@ def encode_prompts(
                 for e, r in zip(torch.split(embeds, chunk), torch.split(ends, chunk), strict=True)
             ]
         )
+    if split:
+        features = gather(features, total)
     return list(torch.split(features, [len(names) for _, names in prompts]))
 
 

@@ -51,6 +51,8 @@ class OpenworldReport:
         hit_rate_new: Fraction of new samples not above the threshold and classified right.
         overall_acc: Accuracy of the two stages at the threshold and the prior.
         prior: Fraction of base samples for which `overall_acc` holds.
+        overall_acc_joint: Accuracy of one classifier that chooses among all classes, base and new,
+            at the same prior, if it was given.
     """
 
     openworld_auc: float
@@ -71,6 +73,7 @@ class OpenworldReport:
     hit_rate_new: float | None = None
     overall_acc: float | None = None
     prior: float | None = None
+    overall_acc_joint: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All values by name, those that were not asked for as None."""
@@ -87,7 +90,7 @@ class OpenworldReport:
             if value is not None:
                 exact = name in ("n_base", "n_new", "threshold")
                 shown = f"{value:>10.6g}" if exact else f"{100 * value:>8.2f} %"
-                lines.append(f"{name:<15}{shown}")
+                lines.append(f"{name:<17}{shown}")
         return "\n".join(lines)
 
 
@@ -184,13 +187,18 @@ def overall_accuracy(
         ``(overall, hit_rate_base, hit_rate_new, prior)``.
     """
     s, c, u, d, _ = samples
-    if prior is None:
-        prior = len(s) / (len(s) + len(u))
-    elif not 0 <= prior <= 1:
-        raise InputError(f"prior is {prior}; accepted: a fraction of base samples in [0, 1]")
+    prior = _prior(samples, prior)
     hit_base = float((c.double() * (s > threshold)).mean())
     hit_new = float((d.double() * (u <= threshold)).mean())
     return prior * hit_base + (1 - prior) * hit_new, hit_base, hit_new, prior
+
+
+def _prior(samples: Samples, prior: float | None) -> float:
+    if prior is None:
+        return len(samples.base_scores) / (len(samples.base_scores) + len(samples.new_scores))
+    if not 0 <= prior <= 1:
+        raise InputError(f"prior is {prior}; accepted: a fraction of base samples in [0, 1]")
+    return prior
 
 
 def openworld_report(
@@ -202,6 +210,7 @@ def openworld_report(
     prior: float | None = None,
     ci: Literal["placement", "bootstrap"] | None = None,
     classes: Shaped[Tensor, " n"] | None = None,
+    joint_correct: Shaped[Tensor, " n"] | None = None,
 ) -> OpenworldReport:
     """OpenworldAUC with its companions from the same three vectors.
 
@@ -215,6 +224,8 @@ def openworld_report(
             of the samples. No resampling is needed.
         ci: Method of the confidence interval, as in `openworld_auc_ci`.
         classes: Class of each sample; the bootstrap then draws whole classes.
+        joint_correct: Whether one classifier that chooses among all classes is right, for
+            `OpenworldReport.overall_acc_joint`.
 
     Raises:
         InputError: As `openworld_auc`, `fit_threshold` and `openworld_auc_ci`.
@@ -243,6 +254,13 @@ def openworld_report(
         overall, hit_base, hit_new, used = overall_accuracy(samples, threshold, prior)
         values |= {"threshold": float(threshold), "overall_acc": overall, "prior": used}
         values |= {"hit_rate_base": hit_base, "hit_rate_new": hit_new}
-    elif prior is not None:
+    elif prior is not None and joint_correct is None:
         raise InputError("prior is for overall_acc, which needs a threshold: pass threshold= too")
+    if joint_correct is not None:
+        joint = check_samples(scores, joint_correct, is_base)
+        used = _prior(joint, prior)
+        on_base, on_new = (
+            float(right.double().mean()) for right in (joint.base_correct, joint.new_correct)
+        )
+        values |= {"overall_acc_joint": used * on_base + (1 - used) * on_new, "prior": used}
     return OpenworldReport(**values, n_base=len(samples.base_scores), n_new=len(samples.new_scores))

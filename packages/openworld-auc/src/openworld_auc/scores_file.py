@@ -24,12 +24,14 @@ class ScoresFile(NamedTuple):
         correct: Bool, or float64 in [0, 1], [n].
         is_base: Bool, [n].
         target: Class of each sample as an index, if the file has it.
+        joint_correct: Whether a classifier of all classes is right, if the file has it.
     """
 
     scores: Tensor
     correct: Tensor
     is_base: Tensor
     target: Tensor | None
+    joint_correct: Tensor | None = None
 
 
 def read_scores(path: str | Path) -> ScoresFile:
@@ -37,7 +39,8 @@ def read_scores(path: str | Path) -> ScoresFile:
 
     Columns (npz: arrays) are ``score``, larger meaning more base-like; ``is_base`` (0/1,
     true/false) or ``domain`` (base/new); and ``correct``, or ``pred`` and
-    ``target`` within the sample's own domain.
+    ``target`` within the sample's own domain. If there is ``joint_correct``, it says whether one
+    classifier that chooses among all classes, base and new, is right.
 
     Args:
         path: A ``.csv``, ``.tsv``, ``.parquet`` or ``.npz`` file.
@@ -68,13 +71,16 @@ def read_scores(path: str | Path) -> ScoresFile:
         _, indices = np.unique(columns["target"].astype(str), return_inverse=True)
         target = torch.from_numpy(indices.astype(np.int64))
     if "correct" in columns:
-        correct = torch.from_numpy(_correctness(source, columns["correct"]))
+        correct = torch.from_numpy(_correctness(source, "correct", columns["correct"]))
     elif "pred" in columns and "target" in columns:
         same = columns["pred"].astype(str) == columns["target"].astype(str)
         correct = torch.from_numpy(np.asarray(same))
     else:
         raise InputError(f"{source} has no column 'correct', but {_names(columns)}; {_ACCEPTED}")
-    return ScoresFile(scores, correct, is_base, target)
+    joint = None
+    if "joint_correct" in columns:
+        joint = torch.from_numpy(_correctness(source, "joint_correct", columns["joint_correct"]))
+    return ScoresFile(scores, correct, is_base, target, joint)
 
 
 def _names(columns: dict[str, Any]) -> str:
@@ -131,8 +137,8 @@ def _truth(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     return np.asarray(true)
 
 
-def _correctness(path: Path, values: np.ndarray) -> np.ndarray:
+def _correctness(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     words = np.char.lower(np.char.strip(values.astype(str)))
     if np.isin(words, list(_TRUE | _FALSE)).all():
-        return _truth(path, "correct", values)
-    return _numbers(path, "correct", values)
+        return _truth(path, name, values)
+    return _numbers(path, name, values)

@@ -1,7 +1,11 @@
-"""Training of prompts on cached image features: the tower is frozen, so each image is seen once."""
+"""Training of prompts on cached image features: the tower is frozen, so each image is seen once.
+
+Under ``torchrun`` several processes share out images while features are
+computed, and prompts while they are tuned; one of them writes.
+"""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
+from openworld_auc import _parallel as parallel
 from openworld_auc.gmop import GMoP
 from openworld_auc.report import OpenworldReport, openworld_report
+from shared_core.device import autocast, select_dtype
 from shared_core.errors import InputError
 from shared_core.run import RunFolder, load_state, progress, save_state
 
@@ -34,6 +40,10 @@ class TrainConfig:
         t_max: Length of the cosine in epochs; by default `epochs`.
         batch_size: Images a step; the last partial batch is kept.
         seed: Of the order of images.
+        detectors_per_step: Detectors that a step trains, in turns; by default all K. An
+            approximation for many classes, which leaves a detector fewer steps.
+        dtype: ``float32``, or ``bfloat16`` or ``float16`` for the text tower under autocast;
+            softmax, losses and contexts stay float32. ``auto``: bfloat16 on a GPU that has it.
     """
 
     lr: float = 0.002
@@ -44,6 +54,8 @@ class TrainConfig:
     t_max: int | None = None
     batch_size: int = 32
     seed: int = 0
+    detectors_per_step: int | None = None
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
@@ -51,22 +63,35 @@ class TrainConfig:
                 f"epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}; accepted: at "
                 "least one epoch, one image a step, and a positive learning rate"
             )
+        if self.detectors_per_step is not None and self.detectors_per_step < 1:
+            raise InputError(
+                f"detectors_per_step is {self.detectors_per_step}; accepted: 1 or more"
+            )
 
 
 @torch.no_grad()
 def extract_features(
-    backbone: Any, data: Any, *, batch_size: int = 64, cache: Path | None = None, workers: int = 0
+    backbone: Any,
+    data: Any,
+    *,
+    batch_size: int = 64,
+    cache: Path | None = None,
+    workers: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Features:
     """Image features and labels of a data set, from a cache where it holds them.
+
+    With torch.distributed each process encodes its share of the images, and all receive all.
 
     Args:
         backbone: A `ClipBackbone`.
         data: Items are ``(image tensor, label)``.
         batch_size: Images at a time.
-        cache: Folder of cached features. A file is named by the backbone's weights, the labels and
-            the images: all their values, or, where `data` has ``stamps()``, names, sizes and times
-            of the files and the values of one image.
+        cache: Folder of cached features. A file is named by the backbone's weights, the labels,
+            `dtype` and the images: all their values, or, where `data` has ``stamps()``, names,
+            sizes and times of the files and the values of one image.
         workers: Processes that load images.
+        dtype: Of the image tower under autocast; features are float32.
 
     Returns:
         Features [n, D] and labels [n], on the CPU.
@@ -76,24 +101,35 @@ def extract_features(
     """
     if len(data) == 0:
         raise InputError("there are no images to extract features from")
-    path = None if cache is None else cache / f"features-{_fingerprint(backbone, data)}.safetensors"
-    if path is not None and path.is_file():
-        kept = load_state(path)
-        return kept["features"], kept["labels"]
     device = backbone.scale.device
-    loader = DataLoader(data, batch_size=batch_size, num_workers=workers)
+    path = None
+    if cache is not None:
+        # One process reads all images for it; the others are told.
+        digest = _fingerprint(backbone, data, dtype) if parallel.is_first() else None
+        digest = parallel.from_first(digest, torch.zeros(12, dtype=torch.uint8, device=device))
+        path = cache / f"features-{bytes(digest.tolist()).hex()}.safetensors"
+        if parallel.all_true(path.is_file(), device):
+            kept = load_state(path)
+            return kept["features"], kept["labels"]
+    own = parallel.share(len(data))
+    part = Subset(data, range(own.start, own.stop))
+    loader: Any = DataLoader(part, batch_size=batch_size, num_workers=workers)
+    if parallel.is_first():
+        loader = progress(loader, description="image features", unit="batch")
     features, labels = [], []
-    for images, label in progress(loader, description="image features", unit="batch"):
-        features.append(backbone.encode_image(images.to(device)).cpu())
+    for images, label in loader:
+        with autocast(device, dtype):
+            features.append(backbone.encode_image(images.to(device)))
         labels.append(torch.as_tensor(label))
-    result = torch.cat(features), torch.cat(labels)
-    if path is not None:
+    whole = torch.cat(features), torch.cat(labels).to(device)
+    result = parallel.gather(whole[0], len(data)).cpu(), parallel.gather(whole[1], len(data)).cpu()
+    if path is not None and parallel.is_first():
         save_state(path, {"features": result[0], "labels": result[1]})
     return result
 
 
-def _fingerprint(backbone: Any, data: Any) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(backbone: Any, data: Any, dtype: torch.dtype) -> Tensor:
+    digest = hashlib.sha256(str(dtype).encode())
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -104,7 +140,7 @@ def _fingerprint(backbone: Any, data: Any) -> str:
     # Files tell by their stamps whether they changed; one image tells whether the transform did.
     for index in range(len(data) if stamps is None else 1):
         digest.update(data[index][0].contiguous().numpy().tobytes())
-    return digest.hexdigest()[:24]
+    return torch.tensor(list(digest.digest()[:12]), dtype=torch.uint8)
 
 
 class GMoPTrainer:
@@ -147,18 +183,28 @@ class GMoPTrainer:
             )
         if not self.features.isfinite().all():
             raise InputError("image features hold NaN or infinities; look for bad images")
+        few = self.config.detectors_per_step
+        if few is not None and model.partition and few > len(model.partition):
+            raise InputError(
+                f"detectors_per_step is {few}; accepted: up to k = {len(model.partition)}"
+            )
 
     def fit(
         self, on_epoch: Callable[[dict[str, float]], None] | None = None
     ) -> list[dict[str, float]]:
         """Train, and give the mean losses of each epoch.
 
+        With torch.distributed all processes call this with the
+        same model and features; they share out the prompts of each step and end in the same
+        contexts. A `run` is then a folder that all of them see; the first one writes.
+
         Args:
             on_epoch: Called with each epoch's record.
         """
         config, model = self.config, self.model
         lr_detector = config.lr if config.lr_detector is None else config.lr_detector
-        groups = [{"params": list(model.classifier.parameters()), "lr": config.lr}]
+        prompts: dict[str, Any] = {"params": list(model.classifier.parameters()), "lr": config.lr}
+        groups = [prompts]
         if len(model.detectors):
             groups.append({"params": list(model.detectors.parameters()), "lr": lr_detector})
         optimizer = torch.optim.SGD(
@@ -167,6 +213,9 @@ class GMoPTrainer:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, config.t_max or config.epochs
         )
+        device = model.backbone.scale.device
+        dtype = select_dtype(config.dtype, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         generator = torch.Generator().manual_seed(config.seed)
         history: list[dict[str, float]] = []
         settings = {"train": asdict(config), "model": asdict(model.config), "n": len(self.labels)}
@@ -180,35 +229,43 @@ class GMoPTrainer:
             model.load_contexts(state["contexts"])
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
+            scaler.load_state_dict(state["scaler"])
             generator.set_state(state["generator"])
             history = state["history"]
-        device = model.backbone.scale.device
         features, labels = self.features.to(device), self.labels.to(device)
-        if self.run is not None:
-            self.run.truncate_log(len(history))
-        epochs = range(len(history), config.epochs)
-        for epoch in progress(epochs, description="tuning prompts", unit="epoch"):
+        writes = self.run if parallel.is_first() else None
+        if writes is not None:
+            writes.truncate_log(len(history))
+        epochs: Iterable[int] = range(len(history), config.epochs)
+        if parallel.is_first():
+            epochs = progress(epochs, description="tuning prompts", unit="epoch")
+        for epoch in epochs:
             model.train()
             order = torch.randperm(len(labels), generator=generator).to(device)
             sums: dict[str, Tensor] = {}
-            for chosen in torch.split(order, config.batch_size):
-                parts = model.loss(features[chosen], labels[chosen])
+            for number, chosen in enumerate(torch.split(order, config.batch_size)):
+                turn = self._turn(epoch * -(-len(labels) // config.batch_size) + number)
+                with autocast(device, dtype):
+                    parts = model.loss(features[chosen], labels[chosen], detectors=turn, split=True)
                 optimizer.zero_grad()
-                parts["total"].backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                scaler.scale(parts["total"]).backward()  # type: ignore[no-untyped-call]
+                parallel.sum_gradients(p for group in groups for p in group["params"])
+                scaler.step(optimizer)
+                scaler.update()
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0) + value.detach() * len(chosen)
             schedule.step()
             record = {name: float(value) / len(labels) for name, value in sums.items()}
             history.append(record)
-            if self.run is not None:
-                self.run.log(step=epoch + 1, **record)
-                self.run.save_checkpoint(
+            if writes is not None:
+                writes.log(step=epoch + 1, **record)
+                writes.save_checkpoint(
                     {
                         "settings": settings,
                         "contexts": model.contexts(),
                         "optimizer": optimizer.state_dict(),
                         "schedule": _plain(schedule.state_dict()),
+                        "scaler": scaler.state_dict(),
                         "generator": generator.get_state(),
                         "history": history,
                     }
@@ -217,6 +274,13 @@ class GMoPTrainer:
                 on_epoch(record)
         model.eval()
         return history
+
+    def _turn(self, step: int) -> list[int] | None:
+        """The detectors of a step, if not all of them."""
+        few, k = self.config.detectors_per_step, len(self.model.partition)
+        if few is None or k == 0:
+            return None
+        return [(step * few + i) % k for i in range(few)]
 
     def evaluate(self, base: Features, new: Features, **options: Any) -> OpenworldReport:
         """OpenworldAUC and companions on features of base and new test images.
@@ -244,13 +308,14 @@ def evaluation(model: GMoP, base: Features, new: Features) -> tuple[Tensor, Tens
         raise InputError("there are no new classes yet; name them with set_classes(new=[...])")
     model.eval()
     device = model.backbone.scale.device
-    on_base, on_new = (model(features=side[0].to(device)) for side in (base, new))
+    count = len(base[1])
+    output = model(features=torch.cat([base[0], new[0]]).to(device))
     right = [
-        on_base.base_logits.argmax(1).cpu() == base[1],
-        on_new.new_logits.argmax(1).cpu() == new[1],
+        output.base_logits[:count].argmax(1).cpu() == base[1],
+        output.new_logits[count:].argmax(1).cpu() == new[1],
     ]
-    scores = torch.cat([on_base.base_score, on_new.base_score]).cpu()
-    return scores, torch.cat(right), torch.arange(len(scores)) < len(base[1])
+    scores = output.base_score.cpu()
+    return scores, torch.cat(right), torch.arange(len(scores)) < count
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
