@@ -88,9 +88,11 @@ class OnePassRisk:
         self.valid, self.segments = valid, segments
         self.argmax = hard_labels == "teacher_argmax"
         self.labels = torch.where(valid, labels, 0).flatten()
-        every = torch.arange(len(self.labels), device=labels.device)
-        self.label_logit = logits(every, self.labels)
-        self.coupled = successors(valid, segments).flatten()
+        # Only those that count are looked at: the others may hold anything, and 0 · NaN is NaN.
+        rows = valid.flatten().nonzero().squeeze(-1)
+        found = logits(rows, self.labels[rows])
+        self.label_logit = found.new_zeros(len(self.labels)).index_put((rows,), found)
+        self.coupled = successors(valid, segments).flatten() & valid.flatten()
         zeros = torch.zeros_like(self.label_logit.detach())
         self.lse, self.share, self.extra = zeros, zeros.clone(), zeros.clone()
         self.target = self.labels.clone()

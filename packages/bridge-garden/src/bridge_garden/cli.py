@@ -18,7 +18,6 @@ from shared_core.cli import (
     format_table,
     new_app,
     run_app,
-    say,
     show_result,
 )
 from shared_core.errors import InputError
@@ -59,63 +58,19 @@ def demo(
     Nothing is downloaded. The students are tiny, so this always runs on the CPU. About two minutes;
     --quick takes two seeds and four methods.
     """
-    import time
-    from dataclasses import asdict
-
     from bridge_garden import demo as the_demo
-    from bridge_garden.ledger import Ledger
-    from shared_core.run import RunFolder, progress
+    from shared_core.run import RunFolder
 
     if device not in ("auto", "cpu"):
         raise InputError(f"--device {device}: the demo's students are tiny and run on the cpu")
-    default = the_demo.QUICK if quick else the_demo.DEFAULT
-    names = list(default)
+    names = list(the_demo.QUICK if quick else the_demo.DEFAULT)
     if methods is not None:
         names = [m.strip() for m in methods.split(",") if m.strip()]
-    settings = the_demo.DemoSettings()
-    count = min(seeds, 2) if quick else seeds
     run = RunFolder(out or Path("runs/bridge-garden/demo"))
-    run.write_config(
-        "bridge-garden demo",
-        {"seed": seed, "seeds": count, "methods": names, **asdict(settings)},
-        distributions=["bridge-garden", "abkd"],
+    metrics, pictures = the_demo.run_demo(
+        run, names, range(seed, seed + (min(seeds, 2) if quick else seeds)), plots=plots
     )
-    started = time.perf_counter()
-    results = []
-    with progress(total=count * len(names), description="students", unit="student") as bar:
-        for one in range(seed, seed + count):
-            found = the_demo.run_seed(one, names, settings, progress=lambda _: bar.update())
-            results.append(found)
-            for name, result in found.items():
-                run.log(step=one, method=name, **result.exposure.to_dict())
-    say("exact κ")
-    picture = the_demo.kappa_picture(seed)
-    entropy = the_demo.garden_entropy(Ledger(rounds=settings.rounds))
-    summary = the_demo.summarize(results)
-    rows, message = the_demo.table(summary), the_demo.tell(summary, entropy)
-    pictures = []
-    if plots:
-        say("drawing")
-        for name, figure in the_demo.figures(results, picture, entropy).items():
-            pictures.append(run.save_figure(name, figure).name)
-    metrics = {
-        "methods": summary,
-        "teacher_garden_entropy": entropy,
-        "kappa": asdict(picture),
-        "seeds": list(range(seed, seed + count)),
-        "summary": {
-            "message": message,
-            "rows": rows,
-            "picture": "comparison.png" if plots else None,
-        },
-    }
-    training = {
-        name: sum(found[name].seconds for found in results) / len(results) for name in names
-    }
-    run.write_metrics(
-        metrics,
-        timing={"seconds": time.perf_counter() - started, "cpu_seconds_of_training": training},
-    )
+    rows, message = metrics["summary"]["rows"], metrics["summary"]["message"]
     text = f"{format_table(rows)}\n\n{message}\n\n{run.path}: metrics.json"
     show_result(metrics, ", ".join([text, *pictures]), as_json=as_json)
 
@@ -203,8 +158,7 @@ def train(
     """
     from dataclasses import asdict
 
-    from bridge_garden.presets import get_preset
-    from bridge_garden.train import TrainSettings
+    from bridge_garden.train import plan_training
     from bridge_garden.train import train as run_training
     from shared_core.device import select_device
     from shared_core.run import RunFolder
@@ -233,17 +187,7 @@ def train(
         "save_steps": save_steps,
         "seed": seed,
     }
-    assumed: tuple[str, ...] = ()
-    if preset is not None:
-        found = get_preset(preset)
-        assumed = found.assumed
-        if dry_run and data is None:
-            changes["data"] = "(not stated by the paper: pass --data)"
-        settings = TrainSettings.from_preset(found, **changes)
-    else:
-        given = {"teacher": "", "student": "", "data": ""}
-        given.update({k: v for k, v in changes.items() if v is not None})
-        settings = TrainSettings(**given)  # type: ignore[arg-type]
+    settings, assumed = plan_training(preset, changes, dry_run=dry_run)
     if dry_run:
         plan = {**asdict(settings), "assumed": list(assumed)}
         lines = [f"{k:>24}  {v}" for k, v in asdict(settings).items()]
@@ -257,16 +201,6 @@ def train(
     metrics = run_training(settings, run, chosen, resume=resume)
     rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()}]
     show_result(metrics, f"{format_table(rows)}\n\n{run.path}/student", as_json=as_json)
-
-
-def _pair(student: str, teacher: str, device: str, dtype: str) -> tuple[Any, Any, Any, Any]:
-    from bridge_garden.models import load_model, load_tokenizer
-    from shared_core.device import select_device, select_dtype
-
-    chosen = select_device(device)
-    kind = select_dtype(dtype, chosen)
-    tokenizer = load_tokenizer(student)
-    return load_model(student, chosen, kind), load_model(teacher, chosen, kind), tokenizer, chosen
 
 
 @command(app)
@@ -296,17 +230,16 @@ def exposure(
     """Split a student's error into training fit and exposure bias, from rollouts of both models."""
     import abkd
     from bridge_garden.exposure import exposure_bias
-    from bridge_garden.models import encode, read_rows
+    from bridge_garden.models import encode, load_pair, prompt_of, read_rows
     from bridge_garden.plots import plot_positions
     from shared_core.run import RunFolder
 
     rows = read_rows(data, limit=prompts)
-    s, t, tokenizer, chosen = _pair(student, teacher, device, dtype)
-    texts = [next((str(r[k]) for k in ("prompt", "question", "text") if k in r), "") for r in rows]
+    s, t, tokenizer, chosen = load_pair(student, teacher, device, dtype)
     report = exposure_bias(
         s,
         t,
-        [encode(tokenizer, text) for text in texts],
+        [encode(tokenizer, prompt_of(row)) for row in rows],
         max_new_tokens=max_new_tokens,
         n_rollouts=n_rollouts,
         divergence=divergence,
@@ -359,10 +292,11 @@ def kappa(
     """Colour the tokens of a text by κ, what a wrong token there costs later, and by λ."""
     import abkd
     from bridge_garden.kappa_mc import kappa_mc
-    from bridge_garden.models import encode
+    from bridge_garden.models import encode, load_pair
+    from bridge_garden.plots import save_strip
     from shared_core.run import RunFolder
 
-    s, t, tokenizer, chosen = _pair(student, teacher, device, dtype)
+    s, t, tokenizer, chosen = load_pair(student, teacher, device, dtype)
     ids = encode(tokenizer, text)
     found = kappa_mc(
         s,
@@ -388,8 +322,8 @@ def kappa(
     )
     metrics = {"tokens": tokens, "ids": ids, "positions": [e.to_dict() for e in found]}
     run.write_metrics(metrics)
-    _strip(run, "kappa", tokens, scores, "bridge score: mean κ of the alternatives")
-    _strip(run, "weight", tokens, weights, "λ = 1 - max π_T")
+    save_strip(run, "kappa", tokens, scores, "bridge score: mean κ of the alternatives")
+    save_strip(run, "weight", tokens, weights, "λ = 1 - max π_T")
     rows = [
         {"position": e.position, "token": repr(tokens[e.position])}
         | {"score": f"{e.score:.3f}", "λ": f"{e.weight:.3f}"}
@@ -425,6 +359,7 @@ def annotate(
     """
     from bridge_garden.annotate import annotate as weights_of
     from bridge_garden.models import encode, load_model, load_tokenizer
+    from bridge_garden.plots import save_strip
     from bridge_garden.small_teacher import SENTENCE, small_teacher
     from bridge_garden.weights import weight_from_string
     from shared_core.device import select_device, select_dtype
@@ -451,7 +386,7 @@ def annotate(
     tokens = [tokenizer.decode([i]) for i in ids]
     metrics = {"tokens": tokens, "weight": weight, "positions": found.to_dict()}
     run.write_metrics(metrics)
-    _strip(run, "annotate", tokens, [math.nan, *found.weight], f"λ ({weight})")
+    save_strip(run, "annotate", tokens, [math.nan, *found.weight], f"λ ({weight})")
     rows = [
         {"token": repr(tokens[i + 1]), "λ": f"{lam:.3f}"}
         | {"teacher's token": repr(tokenizer.decode([found.argmax[i]]))}
@@ -460,19 +395,6 @@ def annotate(
     ]
     text_out = f"{format_table(rows)}\n\n{run.path}: annotate.png, annotate.html"
     show_result(metrics, text_out, as_json=as_json)
-
-
-def _strip(run: Any, name: str, tokens: list[str], values: list[float], label: str) -> None:
-    """The heat strip of a text as PNG and as HTML."""
-    import html
-
-    from bridge_garden.plots import plot_strip, strip_html
-    from shared_core.run import atomic_path
-
-    run.save_figure(name, plot_strip(tokens, values, label))
-    with atomic_path(run.path / f"{name}.html") as temporary:
-        page = strip_html([html.escape(token) for token in tokens], values, label)
-        temporary.write_text(page, encoding="utf-8")
 
 
 @command(app)
@@ -550,14 +472,20 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     network = load_model(model, chosen, select_dtype(dtype, chosen))
     run = RunFolder(out or Path("runs/bridge-garden/evaluate"))
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     run.write_config(
         "bridge-garden evaluate",
-        {"model": model, "data": data, "limit": limit, "seed": seed, **settings},
+        {"model": model, "data": data, "limit": limit, "seed": seed}
+        | {"max_new_tokens": max_new_tokens, "temperature": temperature},
         distributions=["bridge-garden", "abkd", "transformers"],
     )
     metrics, lines = evaluate_answers(
-        network, tokenizer, rows, batch_size=batch_size, seed=seed, **settings
+        network,
+        tokenizer,
+        rows,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=seed,
     )
     for line in lines:
         run.log(**line)

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from bridge_garden.kappa import Decomposition, exact_decomposition, exact_kappa
 from bridge_garden.ledger import Ledger, LedgerState, WindowStudent
 from bridge_garden.risk import Risk
 from bridge_garden.weights import StepInfo, weight_from_string
+from shared_core.cli import say
 from shared_core.errors import InputError
+from shared_core.run import RunFolder, progress
 
 __all__ = [
     "DEFAULT",
@@ -32,6 +34,7 @@ __all__ = [
     "garden_entropy",
     "kappa_picture",
     "measure",
+    "run_demo",
     "run_seed",
     "summarize",
     "table",
@@ -259,6 +262,64 @@ def run_seed(
         found[method] = measure(ledger, student, seed, settings, seconds)
         progress(method)
     return found
+
+
+def run_demo(
+    run: RunFolder, methods: Sequence[str], seeds: Sequence[int], *, plots: bool = True
+) -> tuple[dict[str, Any], list[str]]:
+    """The whole demo in a run folder: students, exact κ, table, pictures.
+
+    Args:
+        run: The folder.
+        methods: Some of `METHODS`.
+        seeds: At least one.
+        plots: Draw the pictures.
+
+    Returns:
+        What ``metrics.json`` has, and the names of the pictures.
+
+    Raises:
+        InputError: If a method is unknown.
+    """
+    settings = DemoSettings()
+    run.write_config(
+        "bridge-garden demo",
+        {"seeds": list(seeds), "methods": list(methods), **asdict(settings)},
+        distributions=["bridge-garden", "abkd"],
+    )
+    started = time.perf_counter()
+    results = []
+    with progress(total=len(seeds) * len(methods), description="students", unit="student") as bar:
+        for seed in seeds:
+            results.append(run_seed(seed, methods, settings, progress=lambda _: bar.update()))
+            for name, result in results[-1].items():
+                run.log(step=seed, method=name, **result.exposure.to_dict())
+    say("exact κ")
+    picture = kappa_picture(seeds[0])
+    entropy = garden_entropy(Ledger(rounds=settings.rounds))
+    summary = summarize(results)
+    pictures = []
+    if plots:
+        say("drawing")
+        for name, figure in figures(results, picture, entropy).items():
+            pictures.append(run.save_figure(name, figure).name)
+    metrics = {
+        "methods": summary,
+        "teacher_garden_entropy": entropy,
+        "kappa": asdict(picture),
+        "seeds": list(seeds),
+        "summary": {
+            "message": tell(summary, entropy),
+            "rows": table(summary),
+            "picture": "comparison.png" if plots else None,
+        },
+    }
+    training = {m: statistics.fmean(found[m].seconds for found in results) for m in methods}
+    run.write_metrics(
+        metrics,
+        timing={"seconds": time.perf_counter() - started, "cpu_seconds_of_training": training},
+    )
+    return metrics, pictures
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from shared_core.errors import InputError, MissingExtraError
 
-__all__ = ["encode", "load_model", "load_tokenizer", "read_rows"]
+__all__ = ["encode", "load_model", "load_pair", "load_tokenizer", "prompt_of", "read_rows"]
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -38,6 +38,20 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(_told("tokenizer", name, error)) from error
+
+
+def load_pair(student: str, teacher: str, device: str, dtype: str) -> tuple[Any, Any, Any, Any]:
+    """Student, teacher, the student's tokenizer and the device, from what the user named.
+
+    Raises:
+        InputError: If one of them does not exist.
+    """
+    from shared_core.device import select_device, select_dtype
+
+    chosen = select_device(device)
+    kind = select_dtype(dtype, chosen)
+    tokenizer = load_tokenizer(student)
+    return load_model(student, chosen, kind), load_model(teacher, chosen, kind), tokenizer, chosen
 
 
 def _told(what: str, name: str, error: Exception) -> str:
@@ -92,6 +106,24 @@ def _from_hub(source: str, split: str, limit: int | None) -> list[dict[str, Any]
     except MissingExtraError as error:
         raise MissingExtraError("bridge-garden", "data", "datasets") from error
     return [dict(data[i]) for i in range(len(data) if limit is None else min(limit, len(data)))]
+
+
+def prompt_of(row: dict[str, Any]) -> str:
+    """The text of a row that a model is to continue.
+
+    Raises:
+        InputError: If the row has none.
+
+    Example:
+        >>> prompt_of({"question": "1+1=", "answer": "2"})
+        '1+1='
+    """
+    for name in ("prompt", "question", "text"):
+        if name in row:
+            return str(row[name])
+    raise InputError(
+        f"the data have the columns {', '.join(row)}; accepted: prompt, question or text"
+    )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -8,8 +8,16 @@ from shared_core.plots import COLORS, new_figure
 if TYPE_CHECKING:
     from bridge_garden.demo import KappaPicture
     from bridge_garden.exposure import ExposureReport
+    from shared_core.run import RunFolder
 
-__all__ = ["plot_comparison", "plot_kappa", "plot_positions", "plot_strip", "strip_html"]
+__all__ = [
+    "plot_comparison",
+    "plot_kappa",
+    "plot_positions",
+    "plot_strip",
+    "save_strip",
+    "strip_html",
+]
 
 KINDS = {"start": COLORS[7], "filler": COLORS[2], "op": COLORS[0], "result": COLORS[3]}
 LABELS = {
@@ -198,3 +206,25 @@ def strip_html(tokens: Sequence[str], values: Sequence[float], label: str) -> st
         f'<!doctype html><meta charset="utf-8"><title>{label}</title><p>{label}</p>'
         f'<pre style="font-size:16px;white-space:pre-wrap">{body}</pre>\n'
     )
+
+
+def save_strip(
+    run: "RunFolder", name: str, tokens: Sequence[str], values: Sequence[float], label: str
+) -> None:
+    """Write the strip of a text into a run folder, as ``NAME.png`` and ``NAME.html``.
+
+    Args:
+        run: The folder.
+        name: Of the files.
+        tokens: The texts of the tokens.
+        values: One per token; NaN stays white.
+        label: What the colour means.
+    """
+    import html
+
+    from shared_core.run import atomic_path
+
+    run.save_figure(name, plot_strip(tokens, values, label))
+    with atomic_path(run.path / f"{name}.html") as temporary:
+        page = strip_html([html.escape(token) for token in tokens], values, label)
+        temporary.write_text(page, encoding="utf-8")

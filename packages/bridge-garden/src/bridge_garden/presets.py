@@ -44,7 +44,7 @@ class Preset:
     max_new_tokens: int = 512
     risk_alpha: float = 0.0
     lr: float = 5e-5
-    epochs: float = 2
+    epochs: float = 2.0
     batch_size: int = 4
     accumulation: int = 8
     max_length: int = 2048

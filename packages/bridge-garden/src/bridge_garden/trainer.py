@@ -95,6 +95,7 @@ class HybridTrainer(DistillationTrainer):
         if config.risk_alpha:
             self._risk = Risk(config.risk_alpha, config.risk_gamma, config.risk_terminal)
         self._valid: Tensor | None = None
+        self._segments: Tensor | None = None
         self._fused: tuple[HybridPlan, LabelLogits] | None = None
         self.last_output: HybridOutput | None = None
         self._seen: dict[str, Tensor] = {}
@@ -149,7 +150,7 @@ class HybridTrainer(DistillationTrainer):
             return_label_logits=self._risk is not None,
         )
         if self._risk is not None and self._risk.gamma != 1 and self._valid is not None:
-            options["ce_token_weight"] = discounts(self._valid, self._risk.gamma)
+            options["ce_token_weight"] = discounts(self._valid, self._risk.gamma, self._segments)
         if self._fused is not None:
             plan, logits = self._fused
             plan.settings = options
@@ -167,7 +168,9 @@ class HybridTrainer(DistillationTrainer):
         return super().distil(student, teacher, labels, n_valid)
 
     def _plan(self, labels: Tensor) -> HybridPlan:
-        return HybridPlan(labels, labels != -100, self._risk, None, self.args.hard_labels, {})
+        return HybridPlan(
+            labels, labels != -100, self._risk, self._segments, self.args.hard_labels, {}
+        )
 
     def compute_loss(
         self,
@@ -178,6 +181,9 @@ class HybridTrainer(DistillationTrainer):
     ) -> Any:
         """The hybrid loss of a micro-batch, as its share of the step's mean over tokens."""
         self._valid = inputs["labels"][:, 1:] != -100
+        self._segments = None
+        if "position_ids" in inputs:  # sequences packed in a row, which risk must not couple
+            self._segments = (inputs["position_ids"] == 0).cumsum(-1)[:, 1:]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def assemble_loss(self, output: DistillationOutput, labels: Tensor) -> Tensor:
