@@ -48,7 +48,9 @@ def plot_comparison(methods: Mapping[str, Any], teacher_entropy: float) -> Any:
             label=title,
         )
     left.axvline(teacher_entropy, color="grey", linestyle=":")
-    left.annotate("teacher", (teacher_entropy, left.get_ylim()[0]), color="grey", ha="right")
+    left.annotate(
+        "teacher ", (teacher_entropy, left.get_ylim()[1]), color="grey", ha="right", va="top"
+    )
     left.set_xlabel("entropy in gardens (nats): diversity")
     left.set_ylabel("right results in own texts: safety on bridges")
     left.set_title("The dilemma: up and to the right is better")
@@ -62,11 +64,10 @@ def plot_comparison(methods: Mapping[str, Any], teacher_entropy: float) -> Any:
     errors = [shown[t]["inference"]["standard_error"] or 0 for t in names]
     right.barh(names, fit, color=COLORS[0], label="training fit")
     right.barh(names, bias, left=fit, xerr=errors, color=COLORS[1], label="exposure bias")
-    right.invert_yaxis()
-    right.set_xlim(0, 1.4 * max(f + b for f, b in zip(fit, bias, strict=True)))  # for the legend
+    right.set_ylim(len(names) + 0.4, -0.6)  # room for the legend below the bars
     right.set_xlabel("inference error (forward KL per position, nats)")
-    right.set_title("Inference error (what is not shown is off the scale)")
-    right.legend(fontsize="small", loc="lower right")
+    right.set_title("Inference error of those on this scale")
+    right.legend(fontsize="small", loc="lower right", ncols=2)
     return figure
 
 
