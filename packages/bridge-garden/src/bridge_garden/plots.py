@@ -158,6 +158,7 @@ def plot_strip(tokens: Sequence[str], values: Sequence[float], label: str) -> An
     for row, line in enumerate(lines):
         for start, text, value in line:
             color = cmap(norm(value)) if math.isfinite(value) else (1, 1, 1, 0)
+            ink = "white" if math.isfinite(value) and norm(value) > 0.65 else "black"
             for i, letter in enumerate(text):
                 axes.add_patch(
                     mpl.patches.Rectangle((start + i, row + 0.08), 1, 0.84, color=color, lw=0)
@@ -170,6 +171,7 @@ def plot_strip(tokens: Sequence[str], values: Sequence[float], label: str) -> An
                     va="center",
                     family="monospace",
                     fontsize=8.5,
+                    color=ink,
                 )
     figure.colorbar(
         mpl.cm.ScalarMappable(norm, cmap),
