@@ -66,7 +66,7 @@ def join_batches(rows: Tensor) -> Tensor:
 def _scale_gradient(rows: Tensor, factor: float) -> Tensor:
     if rows.requires_grad:
         rows = rows.clone()
-        rows.register_hook(lambda gradient: gradient * factor)
+        rows.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
     return rows
 
 
