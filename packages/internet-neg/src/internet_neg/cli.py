@@ -126,7 +126,7 @@ def demo(
 ) -> None:
     """Train a mini-CLIP on shapes, then tell unknown shapes and colors from known ones.
 
-    Nothing is downloaded. About two and a half CPU minutes; the mini-CLIP stays in --out, so that
+    Nothing is downloaded. About two CPU minutes; the mini-CLIP stays in --out, so that
     a second run takes seconds. --quick trains for 60 steps and shows that everything works, not
     how well.
     Exit code 1 if InterNeg is not ahead of NegLabel and NegLabel of MCM, in the means.
