@@ -42,10 +42,20 @@ def test_processes_of_their_own() -> None:
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")
 def test_what_fails_is_said_and_nothing_stays_behind() -> None:
     with pytest.raises(RuntimeError, match="process of run 1 died"):
-        _workers.run_beside(work, ["a", "killed"], lambda *what: None)
+        _workers._wave(work, {1: "killed"}, lambda *what: None)
     assert multiprocessing.active_children() == []
-    with pytest.raises(InputError, match="something else"):
-        _workers.run_beside(work, ["bad"], lambda *what: None)
+    said: list[Any] = []
+
+    class End:
+        send = said.append
+
+    threads = torch.get_num_threads()
+    for job in ("bad", "broken"):
+        _workers._child(End(), work, job)  # type: ignore[arg-type]
+    torch.set_num_threads(threads)
+    assert said[1] == ("input", "give something else")
+    assert said[3][0] == "error"
+    assert "ZeroDivisionError" in said[3][1]
 
 
 def test_alone_it_stays_in_this_process() -> None:

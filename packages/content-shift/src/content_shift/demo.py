@@ -41,6 +41,7 @@ LAYERS = (
 )
 
 
+FREE, GUIDED = "class-free prompt", "guidance 3"
 RIGHT, WRONG, BLIND = "control x 1", "control of another image", "control without edges"
 
 
@@ -112,9 +113,9 @@ def compare(
     others = [*captions[1:], captions[0]]
     wrong = sobel(pixels.roll(1, 0))
     every = {
-        "class-free prompt": Recipe(Prompt("a picture of")),
+        FREE: Recipe(Prompt("a picture of")),
         "caption of another image": Recipe(Said(others)),
-        "guidance 3": Recipe(Prompt("a picture of"), CFG(3.0)),
+        GUIDED: Recipe(Prompt("a picture of"), CFG(3.0)),
         "control x 0": Recipe(ControlNet(net, "sobel", 0.0)),
         "control x 0.5": Recipe(ControlNet(net, "sobel", 0.5)),
         RIGHT: Recipe(ControlNet(net, "sobel")),
@@ -134,6 +135,7 @@ def _probe(
     for split, (images, labels, captions) in zip(("train", "test"), data, strict=True):
         pixels = images.float() / 255
         every = {"none": Recipe(), **compare(net, pixels, captions)}
+        del every[GUIDED]  # a feature of a single forward is that of its prompt
         for start in range(0, len(images), 25):
             index = list(range(start, min(start + 25, len(images))))
             inputs = Inputs.prepare(
@@ -152,10 +154,11 @@ def _probe(
                     hits = own[layer].confusion(value, labels[index]).sum(0).cpu()
                     table = tables.setdefault(name, {})
                     table[layer] = table[layer] + hits if layer in table else hits
-    return {
+    found = {
         name: {layer: float(iou_of(table)) for layer, table in by_layer.items()}
         for name, by_layer in tables.items()
     }
+    return {**found, GUIDED: found[FREE]}
 
 
 def run_seed(

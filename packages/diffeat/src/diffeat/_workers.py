@@ -1,9 +1,9 @@
 """Independent runs at the same time: a process of its own for each, with one thread."""
 
+import contextlib
 import io
 import multiprocessing
 import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -104,11 +104,12 @@ def _wave(work: Any, jobs: dict[int, Any], told: Told) -> dict[int, Any]:
 
 
 def _child(end: Connection, work: Any, job: Any) -> None:
-    sys.stderr = io.StringIO()  # bars of several processes would write over each other
     torch.set_num_threads(1)
-    try:
-        end.send(("result", work(job, lambda *what: end.send(("told", *what)))))
-    except InputError as error:
-        end.send(("input", str(error)))
-    except Exception:
-        end.send(("error", traceback.format_exc()))
+    # Bars of several processes would write over each other.
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            end.send(("result", work(job, lambda *what: end.send(("told", *what)))))
+        except InputError as error:
+            end.send(("input", str(error)))
+        except Exception:
+            end.send(("error", traceback.format_exc()))
