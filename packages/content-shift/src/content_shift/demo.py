@@ -154,11 +154,11 @@ def _probe(
                     hits = own[layer].confusion(value, labels[index]).sum(0).cpu()
                     table = tables.setdefault(name, {})
                     table[layer] = table[layer] + hits if layer in table else hits
-    found = {
+    miou = {
         name: {layer: float(iou_of(table)) for layer, table in by_layer.items()}
         for name, by_layer in tables.items()
     }
-    return {**found, GUIDED: found[FREE]}
+    return {**miou, GUIDED: miou[FREE]}
 
 
 def run_seed(
