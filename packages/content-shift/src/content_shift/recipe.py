@@ -214,10 +214,10 @@ class Context:
         if self._residuals:
             found["residuals"] = self._sum
             if self._common and x is self.x_t and not self._starts and None not in self._keys:
-                key = ("residuals", id(x), id(embedding), self.time, *self._keys)
+                key = ("residuals", id(x), id(embedding), *self._keys)
                 # The embedding is kept, so that no other one takes its place in memory.
-                found["residuals"] = lambda *given: self.inputs.once(
-                    key, lambda: (embedding, self._sum(*given))
+                found["residuals"] = lambda x, time, words: self.inputs.once(
+                    (*key, time), lambda: (embedding, self._sum(x, time, words))
                 )[1]
         kwargs = dict(self._kwargs)
         if self._added:
