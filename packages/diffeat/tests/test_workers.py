@@ -38,7 +38,7 @@ def test_processes_of_their_own() -> None:
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.usefixtures("two_cores")
+@pytest.mark.usefixtures("two_cores", "without_type_checks")
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")
 def test_what_fails_is_said_and_nothing_stays_behind() -> None:
     with pytest.raises(RuntimeError, match="process of run 1 died"):

@@ -63,12 +63,12 @@ class DemoSettings:
     """
 
     backbone_steps: int = 300
-    backbone_batch_size: int = 10
+    backbone_batch_size: int = 16
     images: int = 1500
     control_steps: int = 200
-    batch_size: int = 8
+    batch_size: int = 12
     lr: float = 3e-3
-    train: int = 80
+    train: int = 100
     test: int = 60
     timesteps: tuple[int, ...] = (100, 300)
     seeds: int = 2
