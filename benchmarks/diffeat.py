@@ -6,8 +6,8 @@ and its 1,000 steps rebuilt in every call, hooks on the wanted modules, and alwa
 forward. The prompt is embedded beforehand for both. On the CPU it is processor time that is
 measured, which other work on the machine disturbs less; ratios are medians over rounds, each round
 running every call once. On a GPU, memory is how far the peak rises in a call. Keypoint
-matching is measured beside the plain way, which enlarges the features, and ranking in one pass beside one pass for each
-activation, both on the demo's small model.
+matching is measured beside the plain way, which enlarges the features, and
+ranking in one pass beside one pass for each activation, on the demo's small model.
 """
 
 import argparse
