@@ -200,7 +200,7 @@ def train(
     ] = None,
     image_size: Annotated[int | None, typer.Option("--image-size", help="Pixels per side.")] = None,
     validation: Annotated[
-        float | None, typer.Option("--validation", help="Share of ID images held out.")
+        float | None, typer.Option("--validation-share", help="Share of ID images held out.")
     ] = None,
     official_transforms: Annotated[
         bool, typer.Option("--official-transforms", help="The authors' crop, scale 0.5 to 2.")

@@ -430,7 +430,7 @@ def _validate(parts: _Run) -> tuple[float, Tensor]:
     )
     present = out.targets.any(0)
     if not bool(present.any()):
-        raise InputError("no held-out image has a label; raise --validation")
+        raise InputError("no held-out image has a label; raise --validation-share")
     return multilabel_map(out.logits[:, present], out.targets[:, present]), out.logits
 
 
