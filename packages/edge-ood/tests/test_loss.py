@@ -98,7 +98,51 @@ def test_gradcheck(implementation, mask):
         options = {"gap_mask": mask, "gap_impl": implementation}
         return edge_loss(a, y, b, beta=1.0, k=0.5, margin=0.3, **options).loss
 
-    assert torch.autograd.gradcheck(value, (z.requires_grad_(), oe.requires_grad_()))
+    leaves = z.requires_grad_(), oe.requires_grad_()
+    assert torch.autograd.gradcheck(value, leaves)
+    assert torch.autograd.gradgradcheck(value, leaves)
+
+
+def by_formulas(monkeypatch, *arguments, **options):
+    """The loss that autograd follows step by step."""
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_ood.loss.can_use_closed_form", lambda *logits: False)
+        return edge_loss(*arguments, **options)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("implementation", ["pairwise", "sorted"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_the_closed_form_equals_the_formulas(implementation, dtype, monkeypatch):
+    for shape, scale in (((9, 7, 5), 2), ((1, 1, 1), 2), ((16, 30, 80), 100)):
+        z, y, oe = sample(*shape, dtype=dtype, scale=scale)
+        leaves = z.requires_grad_(), oe.requires_grad_()
+        options = {"beta": 0.8, "k": 0.4, "margin": 0.5, "gap_impl": implementation}
+        found = edge_loss(z, y, oe, **options)
+        expected = by_formulas(monkeypatch, z, y, oe, **options)
+        assert type(found.loss.grad_fn) is not type(expected.loss.grad_fn)
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other)
+        assert not any(value.requires_grad for value in (*found[1:4], found[5]))
+        # Twice, since the gradient is kept between the passes.
+        for _ in range(2):
+            gradients = torch.autograd.grad(3 * found.loss, leaves, retain_graph=True)
+            others = torch.autograd.grad(3 * expected.loss, leaves, retain_graph=True)
+            for gradient, other in zip(gradients, others, strict=True):
+                assert gradient.dtype == dtype
+                torch.testing.assert_close(gradient, other)
+        # One leaf alone, and its second derivative.
+        loss = edge_loss(z.detach(), y, oe, **options).loss
+        [gradient] = torch.autograd.grad(loss, oe, create_graph=True)
+        torch.testing.assert_close(gradient, others[1] / 3)
+        assert gradient.requires_grad
+
+
+def test_transforms_of_functions_see_the_formulas():
+    z, y, oe = sample(9, 7, 5)
+    expected = torch.autograd.grad(edge_loss(z.requires_grad_(), y, oe).loss, z)[0]
+    found = torch.func.grad(lambda z: edge_loss(z, y, oe).loss)(z.detach())
+    torch.testing.assert_close(found, expected)
 
 
 def test_limits():
