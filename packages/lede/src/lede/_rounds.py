@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lede.adapters import LayerRunner
 from lede.cache import RaggedCache
+from lede.compiled import CompiledRunner
 from lede.features import confidence_features
 from lede.policies import EMA_START, Observation, Policy, chance, updated_ema
 from lede.stats import DecodeStats, Round
@@ -61,7 +62,7 @@ class Rounds:
 
     def __init__(
         self,
-        runner: LayerRunner,
+        runner: LayerRunner | CompiledRunner,
         policy: Policy,
         exits: Sequence[int],
         max_draft: int,
@@ -91,7 +92,11 @@ class Rounds:
         self.last_accepted = np.zeros(rows)
         self.stats = DecodeStats(runner.depth)
         capacity = max_length + max_draft + 1
-        self.cache = RaggedCache(runner.depth, capacity, static=static_cache)
+        self.cache = (
+            runner.cache(rows, capacity)
+            if isinstance(runner, CompiledRunner)
+            else RaggedCache(runner.depth, capacity, static=static_cache)
+        )
         self._shadow: dict[int, list[Tensor]] = {}
         policy.reset(rows, self.exits, runner.depth, max_draft)
         if width > 1:
