@@ -71,8 +71,11 @@ def load_decoder(
     dtype: str,
     seed: int,
     device: str,
+    **options: Any,
 ) -> tuple[SelfSpeculativeDecoder, Any, Tensor, Tensor]:
     """Decoder, tokenizer, prompt ids and their mask on the device, from a command's options.
+
+    Further `options` go to the decoder.
 
     Raises:
         InputError: If something cannot be loaded or no exits are named.
@@ -83,7 +86,9 @@ def load_decoder(
     loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
     if not (exits or own):
         raise InputError("say where to exit: --exit-layers 2,4 or a --preset")
-    decoder = SelfSpeculativeDecoder(loaded, exits or own or (), max_draft=max_draft)
+    decoder = SelfSpeculativeDecoder(
+        loaded, exits or own or (), max_draft=max_draft, **options
+    )
     ids, mask = tokenize(tokenizer, lines)
     return decoder, tokenizer, ids.to(chosen), mask.to(chosen)
 

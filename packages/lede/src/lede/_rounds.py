@@ -98,6 +98,7 @@ class Rounds:
             else RaggedCache(runner.depth, capacity, static=static_cache)
         )
         self._shadow: dict[int, list[Tensor]] = {}
+        self._unseen = np.full((rows, 3), np.nan)
         policy.reset(rows, self.exits, runner.depth, max_draft)
         if width > 1:
             head = prompt[:, :-1].to(runner.device)
@@ -135,7 +136,7 @@ class Rounds:
     def _look(self, hidden: Tensor, layer: int, drafts: Sequence[Tensor], head: bool) -> Look:
         """What a policy may see of an exit: probe and, if wanted, distribution; one small copy."""
         normed = self.runner.normalize(hidden[:, -1:])
-        look = Look(normed, np.full((len(self.n), 3), np.nan))
+        look = Look(normed, self._unseen)
         parts = []
         if head:
             look.scores = self._processed(self.runner.head(normed)[:, -1], drafts)
@@ -173,7 +174,7 @@ class Rounds:
         chain: np.ndarray,
     ) -> Observation:
         rows = len(self.n)
-        features = np.full((rows, 3), np.nan) if look is None else look.features
+        features = self._unseen if look is None else look.features
         return Observation(
             rows=np.arange(rows),
             layer=np.full(rows, layer),
@@ -297,6 +298,7 @@ class Rounds:
         limit = self.policy.max_drafts(np.arange(rows), np.full(rows, layer))
         limit = np.minimum(limit, budget)
         wants = ~self.done
+        least = max(1.0, self.min_active * float(wants.sum()))
         prefix, chain = np.ones(rows), np.ones(rows)
         decides = self.policy.uses_features
         while True:
@@ -306,8 +308,9 @@ class Rounds:
                 break
             if look is None:
                 look = self._look(hidden, layer, drafts, self.policy.needs_head and decides)
-                self._heads[wants] += self.policy.needs_head and decides
-                self._looks[wants] += decides
+                if decides:
+                    self._heads += wants & self.policy.needs_head
+                    self._looks += wants
             if decides:
                 seen = self._observe(look, layer, index, agree, prefix, chain)
                 asked = np.flatnonzero(wants)
@@ -316,25 +319,26 @@ class Rounds:
                     break
             if look.scores is None:
                 self._run_head(look, drafts)
-                self._heads[wants] += 1
+                self._heads += wants
             assert look.scores is not None
             assert look.top is not None
             if len(self.eos) and not self.sample:
                 # A right end of text is committed by the verification itself, so it is not drafted.
                 # When sampling, stopping because of the token drawn would bias the output.
                 wants &= ~np.isin(np.asarray(look.top_host), self.eos)
-            if wants.sum() < max(1, self.min_active * (~self.done).sum()):
+            if wants.sum() < least:
                 break
             if self.sample:
                 q.append(torch.softmax(look.scores, -1))
                 token = torch.multinomial(q[-1], 1, generator=self.generator)[:, 0]
             else:
                 token = look.top
-            prefix = prefix * look.features[:, 0]
-            if look.probe is not None:
-                chain = chain * chance(look.probe[:, 0])
+            if decides:
+                prefix = prefix * look.features[:, 0]
+                if look.probe is not None:
+                    chain = chain * chance(look.probe[:, 0])
             drafts.append(token)
-            passes[wants] += 1
+            passes += wants
             hidden = self.runner.embed(token[:, None].to(self.runner.device))
             hidden = self._pass(hidden, 0, layer, self.n - 1 + index)
             states.append(hidden)

@@ -42,6 +42,7 @@ class LayerRunner:
         self.model = whole
         self.config: Any = whole.config
         self.base: Any = whole.model
+        self.embedding: Any = whole.model.embed_tokens
         self.depth = int(whole.config.num_hidden_layers)
         self.layers = list(whole.model.layers[: self.depth])
         self.windows = self._windows()
@@ -62,7 +63,7 @@ class LayerRunner:
     @property
     def additive(self) -> torch.dtype | None:
         """The dtype of masks that are added to the scores; ``None`` where they are boolean."""
-        return self.base.embed_tokens.weight.dtype if self._eager else None
+        return self.embedding.weight.dtype if self._eager else None
 
     def _windows(self) -> list[int | None]:
         window = getattr(self.config, "sliding_window", None)
@@ -82,10 +83,10 @@ class LayerRunner:
     @property
     def device(self) -> torch.device:
         """Where token ids enter."""
-        weight: Tensor = self.base.embed_tokens.weight
-        if weight.device.type == "meta":  # accelerate brings offloaded weights when they are called
-            return torch.device(self.base.embed_tokens._hf_hook.execution_device)
-        return weight.device
+        device: torch.device = self.embedding.weight.device
+        if device.type == "meta":  # accelerate brings offloaded weights when they are called
+            return torch.device(self.embedding._hf_hook.execution_device)
+        return device
 
     @property
     def vocab_size(self) -> int:
@@ -101,7 +102,7 @@ class LayerRunner:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of token ids: [B, k] int64 to [B, k, C]."""
-        embedded: Tensor = self.base.embed_tokens(ids)
+        embedded: Tensor = self.embedding(ids)
         return embedded
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> dict[str | None, Any]:

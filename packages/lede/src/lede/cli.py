@@ -42,6 +42,12 @@ PolicyName = Annotated[
     str | None, typer.Option("--policy", help="Folder or hub id of a trained policy.")
 ]
 Samples = Annotated[int | None, typer.Option("--num-samples", help="Prompts to take.", min=1)]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Compiled layers over a static cache (on CUDA: CUDA graphs); see the card."
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 
@@ -147,6 +153,7 @@ def generate(
     max_draft: MaxDraft = 12,
     max_new_tokens: NewTokens = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0: greedy.", min=0)] = 0.0,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     out: Out = None,
     seed: Seed = 0,
@@ -172,7 +179,9 @@ def generate(
     if not exits:
         raise InputError("say where to exit: --exit-layers 2,4, a --preset, or a --policy")
     decides = learned or StaticPolicy(exits[len(exits) // 2], min(num_draft, max_draft))
-    decoder = SelfSpeculativeDecoder(loaded, exits, max_draft=max_draft, policy=decides)
+    decoder = SelfSpeculativeDecoder(
+        loaded, exits, max_draft=max_draft, policy=decides, compile=compile
+    )
     ids, mask = tokenize(tokenizer, [prompt])
     settings: dict[str, Any] = {"do_sample": False}
     if temperature:
@@ -442,6 +451,7 @@ def bench(
     max_new_tokens: NewTokens = 64,
     num_samples: Samples = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed turns.", min=1)] = 3,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     out: Out = None,
     seed: Seed = 0,
@@ -451,8 +461,9 @@ def bench(
 ) -> None:
     """Time policies in real decoding, greedy, one prompt at a time, in turns.
 
-    Beside plain generate: a static pair, transformers' assistant_early_exit with the same pair, a
-    confidence threshold, and the trained --policy. The interval is over prompts.
+    Beside plain generate: transformers' assistant_early_exit, our loop without drafts, a static
+    pair, a threshold, and the trained --policy. With --compile all that is ours is compiled, the
+    loop without drafts too. The interval is over prompts.
     """
     import lede
     from lede import bench as the_bench
@@ -463,7 +474,16 @@ def bench(
     if learned is not None:
         exit_layers, max_draft = ",".join(map(str, learned.exits)), learned.longest
     decoder, tokenizer, ids, mask = load_decoder(
-        prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype, seed, device
+        prompts,
+        num_samples,
+        model,
+        preset,
+        _exits(exit_layers),
+        max_draft,
+        dtype,
+        seed,
+        device,
+        compile=compile,
     )
     pair = _exits(static, (decoder.exits[len(decoder.exits) // 2], min(6, max_draft)))
     if len(pair) != 2 or pair[0] not in decoder.exits or not 1 <= pair[1] <= max_draft:
@@ -473,9 +493,19 @@ def bench(
     run = RunFolder(out or Path("runs/lede/bench"))
     run.write_config(
         "lede bench",
-        {"model": model, "preset": preset, "policy": policy, "repeats": repeats, "seed": seed},
+        {
+            "model": model,
+            "preset": preset,
+            "policy": policy,
+            "repeats": repeats,
+            "compile": compile,
+            "seed": seed,
+        },
         distributions=["lede", "transformers"],
     )
+    if decoder.compiled is not None:
+        say("compiling every segment and width")
+        decoder.compiled.warm_up(1, ids.shape[1] + max_new_tokens)
     rows = [i[m > 0][None] for i, m in zip(ids, mask, strict=True)]
     device_used = decoder.runner.device
     found = the_bench.bench(contenders, rows, device_used, repeats=repeats, reference="generate")

@@ -3,8 +3,9 @@
 Eager layers of one token are bound by launches, not by arithmetic. Here the layers between two
 candidate exits, at a width from a few buckets, are one graph of fixed shapes: `torch.compile` fuses
 it, and on CUDA replays it as a CUDA graph. The walk from candidate to candidate and the drafts use
-the same m segments; every exit's verification has a graph per bucket. So m exits and b buckets
-compile at most m + m b + 1 segments (the last is the plain step) and b heads, whatever is decoded.
+the same m segments; every exit's verification has a graph per bucket. So m exits and b buckets make at
+most m + m b + 1 segments (the last is the plain step) and b heads, whatever is decoded at a batch
+size. Only DEL, which looks at the candidates on the way, adds segments between them: (m - 1) b.
 """
 
 import types
@@ -116,10 +117,26 @@ class CompiledRunner:
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, bucket - width))
         stops = [e for e in self._exits if first < e < last] if last in self._exits else []
         for stop in (*stops, last):
-            segment = self._segment(first, stop, bucket, cache)
+            segment = self._segment(len(hidden), first, stop, bucket, cache.capacity)
             hidden = self._call(segment, hidden, slots, padding, cache.keys, cache.values)
             first = stop
         return hidden[:, :width]
+
+    def warm_up(self, rows: int, length: int) -> None:
+        """Compile everything that rounds of `rows` rows and up to `length` tokens can need."""
+        cache, depth = self.cache(rows, length), self._runner.depth
+        nothing = np.zeros(rows, dtype=np.int64)
+        with torch.no_grad():
+            ids = torch.zeros((rows, self.buckets[-1]), dtype=torch.long, device=self.device)
+            hidden = self._runner.embed(ids)
+            for bucket in self.buckets:
+                frame = self._runner.frame(nothing, bucket, nothing, cache)
+                walk = zip((0, *self._exits), self._exits, strict=False) if bucket == 1 else ()
+                for first, last in (*walk, *((e, depth) for e in self._exits)):
+                    self.run(hidden[:, :bucket], first, last, frame, cache)
+                self.logits(hidden[:, :bucket])
+            frame = self._runner.frame(nothing, 1, nothing, cache)
+            self.run(hidden[:, :1], 0, depth, frame, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states after any layer, as `LayerRunner.logits`."""
@@ -142,12 +159,12 @@ class CompiledRunner:
         return next(w for w in self.buckets if w >= width)
 
     def _segment(
-        self, first: int, last: int, width: int, cache: RaggedCache
+        self, rows: int, first: int, last: int, width: int, capacity: int
     ) -> Callable[..., Tensor]:
-        key = ("segment", len(cache.keys[0]), first, last, width)
+        key = ("segment", rows, first, last, width)
         if key not in self._compiled:
             runner, windows = self._runner, set(self._runner.windows[first:last])
-            additive, slots_there = runner.additive, cache.capacity
+            additive = runner.additive
 
             def segment(
                 hidden: Tensor,
@@ -157,7 +174,7 @@ class CompiledRunner:
                 values: list[Tensor],
             ) -> Tensor:
                 positions = (slots - padding[:, None]).clamp(min=0)
-                masks = {w: visible(slots, padding, slots_there, w, additive) for w in windows}
+                masks = {w: visible(slots, padding, capacity, w, additive) for w in windows}
                 rotary = runner.rotary(hidden, positions)
                 writer = _Writer(keys, values, slots)
                 return runner.apply(hidden, first, last, masks, positions, rotary, writer)
@@ -183,7 +200,7 @@ class CompiledRunner:
     def _call(self, compiled: Callable[..., Tensor], *inputs: Any) -> Tensor:
         if self._runner.device.type != "cuda":
             return compiled(*inputs)
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return compiled(*inputs).clone()  # the next replay would overwrite it
 
 
