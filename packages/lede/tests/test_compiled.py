@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,13 @@ EXITS, LONGEST = (1, 2), 3
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before; no checks of shapes at run time, which no graph can hold."""
     torch._dynamo.reset()
     counters.clear()
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
     yield
+    jaxtyping.config.update("jaxtyping_disable", before)
     torch._dynamo.reset()
 
 
@@ -76,17 +81,15 @@ def test_tokens_are_the_eager_ones_and_graphs_are_bounded() -> None:
 
 def test_ragged_batches_windows_and_eager_attention() -> None:
     """Gemma 3: two kinds of layers with their own rotary angles, masks added to the scores."""
-    model = tiny_model("gemma3_text", layers=3, attn_implementation="eager")
-    decoder = SelfSpeculativeDecoder(model, (2,), max_draft=2, compile="eager")
+    model = tiny_model("gemma3_text", layers=2, attn_implementation="eager")
+    decoder = SelfSpeculativeDecoder(model, (1,), max_draft=2, compile="eager")
     ids = torch.randint(1, 64, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, :4] = mask[2, :2] = 0
-    same(model, decoder, ids, attention_mask=mask, policy=StaticPolicy(2, 2))
+    stats = same(model, decoder, ids, attention_mask=mask, policy=StaticPolicy(1, 2))
+    assert stats.accepted > 0
     assert decoder.compiled is not None
-    before = decoder.compiled.graphs
-    same(model, decoder, ids[:1], policy=StaticPolicy(2, 2))  # another batch size, other graphs
-    assert before <= 6
-    assert decoder.compiled.graphs <= 12
+    assert decoder.compiled.graphs <= 8
 
 
 def test_a_longer_call_makes_a_larger_cache_and_custom_generate_keeps_the_graphs() -> None:

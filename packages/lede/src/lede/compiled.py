@@ -107,18 +107,20 @@ class CompiledRunner:
     ) -> Tensor:
         """Run the layers ``first .. last - 1``, as `LayerRunner.run` does."""
         width = hidden.shape[1]
-        if width > self.buckets[-1]:
+        prompt = width > 1 and last - first == self._runner.depth
+        if prompt or width > self.buckets[-1]:
             return self._runner.run(hidden, first, last, frame, cache)
         bucket = self._bucket(width)
         slots = torch.from_numpy(frame.starts[:, None] + np.arange(bucket)).to(hidden.device)
         padding = torch.from_numpy(frame.padding).to(hidden.device)
         # What the surplus tokens of a bucket write stands behind all real slots, where nobody looks
         # before it is overwritten.
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, bucket - width))
+        hidden = _widened(hidden, bucket)
+        blocks = _Blocks(cache.keys, cache.values, slots)
         stops = [e for e in self._exits if first < e < last] if last in self._exits else []
         for stop in (*stops, last):
             segment = self._segment(len(hidden), first, stop, bucket, cache.capacity)
-            hidden = self._call(segment, hidden, slots, padding, cache.keys, cache.values)
+            hidden = self._call(segment, hidden, padding, blocks)
             first = stop
         return hidden[:, :width]
 
@@ -152,8 +154,7 @@ class CompiledRunner:
                 return runner.logits(hidden)
 
             self._compiled[key] = self._compile(head, "_".join(map(str, key)))
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, bucket - width))
-        return self._call(self._compiled[key], hidden)[:, :width]
+        return self._call(self._compiled[key], _widened(hidden, bucket))[:, :width]
 
     def _bucket(self, width: int) -> int:
         return next(w for w in self.buckets if w >= width)
@@ -166,18 +167,12 @@ class CompiledRunner:
             runner, windows = self._runner, set(self._runner.windows[first:last])
             additive = runner.additive
 
-            def segment(
-                hidden: Tensor,
-                slots: Tensor,
-                padding: Tensor,
-                keys: list[Tensor],
-                values: list[Tensor],
-            ) -> Tensor:
+            def segment(hidden: Tensor, padding: Tensor, blocks: "_Blocks") -> Tensor:
+                slots = blocks.slots
                 positions = (slots - padding[:, None]).clamp(min=0)
                 masks = {w: visible(slots, padding, capacity, w, additive) for w in windows}
                 rotary = runner.rotary(hidden, positions)
-                writer = _Writer(keys, values, slots)
-                return runner.apply(hidden, first, last, masks, positions, rotary, writer)
+                return runner.apply(hidden, first, last, masks, positions, rotary, blocks)
 
             self._compiled[key] = self._compile(segment, "_".join(map(str, key)))
         return self._compiled[key]
@@ -204,10 +199,23 @@ class CompiledRunner:
         return compiled(*inputs).clone()  # the next replay would overwrite it
 
 
-class _Writer:
-    """What the layers of a graph see of the cache: fixed blocks, written at given slots."""
+def _widened(hidden: Tensor, bucket: int) -> Tensor:
+    """Hidden states [B, k, C] with zeros up to the bucket's width, in the strides of a new tensor.
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], slots: Tensor) -> None:
+    A graph is made for certain strides, those of dimensions of size 1 among them.
+    """
+    rows, width, size = hidden.shape
+    if width == bucket and hidden.stride() == (bucket * size, size, 1):
+        return hidden
+    fresh = hidden.new_zeros((rows, bucket, size))
+    fresh[:, :width] = hidden
+    return fresh
+
+
+class _Blocks:
+    """What the layers of a graph see of the cache: fixed blocks, written at given slots [B, k]."""
+
+    def __init__(self, keys: list[Any], values: list[Any], slots: Tensor) -> None:
         self.keys, self.values, self.slots = keys, values, slots
 
     def update(
