@@ -64,9 +64,9 @@ def policies(table: ExperienceTable) -> Sequence[lede.Policy]:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_replay_equals_decoding_round_for_round(family: str) -> None:
-    """For the learned policy in all its modes and for every baseline."""
+    """For the learned policy in all its modes and every baseline; of Gemma for a part of them."""
     decoder, ids, mask, table = fresh(family)
-    for policy in policies(table):
+    for policy in policies(table)[:: 1 if family == "llama" else 3]:
         told = lede.simulate(table, policy, COST).log
         real = []
         for row in range(len(ids)):

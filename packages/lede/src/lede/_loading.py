@@ -86,9 +86,7 @@ def load_decoder(
     loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
     if not (exits or own):
         raise InputError("say where to exit: --exit-layers 2,4 or a --preset")
-    decoder = SelfSpeculativeDecoder(
-        loaded, exits or own or (), max_draft=max_draft, **options
-    )
+    decoder = SelfSpeculativeDecoder(loaded, exits or own or (), max_draft=max_draft, **options)
     ids, mask = tokenize(tokenizer, lines)
     return decoder, tokenizer, ids.to(chosen), mask.to(chosen)
 

@@ -374,18 +374,15 @@ class Rounds:
         self.done[active] |= self.n[active] >= self.max_length
         kept = np.minimum(accepted, count)
         self.stats.tokens += int(count[active].sum())
-        columns = (before - self.prompt, passes, kept, done.heads, done.looks)
-        self.stats.log += [
-            Round(row, position, done.layer, *counts)
-            for row, position, *counts in zip(
-                active.tolist(), *(c[active].tolist() for c in columns), strict=True
-            )
-        ]
+        at, layer = before - self.prompt, np.full_like(passes, done.layer)
+        columns = (at, layer, passes, kept, done.heads, done.looks)
+        told = zip(active.tolist(), *(c[active].tolist() for c in columns), strict=True)
+        self.stats.log += map(Round._make, told)
         drafted = passes - 1
         self.ema[active] = updated_ema(self.ema, accepted, drafted)[active]
         self.last_accepted[active] = accepted[active] / self.max_draft
-        told = None if shadow is None else shadow[active]
-        self.policy.end_round(active, accepted[active], drafted[active], told)
+        shares = None if shadow is None else shadow[active]
+        self.policy.end_round(active, accepted[active], drafted[active], shares)
 
     def _stopped(self, row: int, length: int) -> bool:
         ids = torch.from_numpy(self.tokens[row : row + 1, :length]).to(self.runner.device)

@@ -45,7 +45,8 @@ Samples = Annotated[int | None, typer.Option("--num-samples", help="Prompts to t
 Compile = Annotated[
     bool,
     typer.Option(
-        "--compile", help="Compiled layers over a static cache (on CUDA: CUDA graphs); see the card."
+        "--compile",
+        help="Compiled layers over a static cache (on CUDA: CUDA graphs); see the card.",
     ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
