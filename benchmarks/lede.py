@@ -9,8 +9,8 @@ Run with ``nox -s bench -- lede``. Sections (``--sections policy,speed,collectio
   without drafts, a static pair, transformers' ``assistant_early_exit`` with the same pair, a loop
   as LayerSkip's (growing tuples of keys and values, the head on the whole prompt, a look at the
   host for every draft), and a learned policy. The static pair also compiled, beside our compiled
-  loop without drafts; the other two loops grow their caches, so that they have no fixed shapes. ``--clock cpu`` counts processor seconds, for a
-  machine that others use too.
+  loop without drafts; the other loops grow their caches and so have no fixed shapes to compile.
+  ``--clock cpu`` counts processor seconds, for a machine that others use too.
 - ``collection``: batched experience with continuations beside one-by-one roll-outs.
 """
 

@@ -216,7 +216,8 @@ def test_joint_marginals_of_200_000_rows(name: str, temperature: float, top: int
     )
     while not rounds.done.all():
         rounds.step()
-    assert rounds.stats.drafted == 0 if policy.autoregressive else rounds.stats.drafted > rows / 4
+    drafted = rounds.tokens_made - sum(map(len, rounds._told))  # accepted ones: a round adds one
+    assert drafted == 0 if policy.autoregressive else drafted > rows / 10
     step = torch.softmax(processors(torch.zeros(8, 1, dtype=torch.long), runner.tables[2]), -1)
     exact = step[1][:, None, None] * step[:, :, None] * step[None]
     found = torch.zeros(8, 8, 8)

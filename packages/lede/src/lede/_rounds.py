@@ -90,7 +90,8 @@ class Rounds:
         self.done = self.n >= max_length
         self.ema = np.full(rows, EMA_START)
         self.last_accepted = np.zeros(rows)
-        self.stats = DecodeStats(runner.depth)
+        self.tokens_made = 0
+        self._told: list[np.ndarray] = []  # a row per round, as `Round`
         capacity = max_length + max_draft + 1
         self.cache = (
             runner.cache(rows, capacity)
@@ -104,6 +105,12 @@ class Rounds:
             head = prompt[:, :-1].to(runner.device)
             frame = runner.frame(np.zeros(rows, dtype=np.int64), width - 1, padding, self.cache)
             runner.run(runner.embed(head), 0, runner.depth, frame, self.cache)
+
+    @property
+    def stats(self) -> DecodeStats:
+        """What was done so far."""
+        log = [Round(*row) for told in self._told for row in told.tolist()]
+        return DecodeStats(self.runner.depth, self.tokens_made, log=log)
 
     def _pass(self, hidden: Tensor, first: int, last: int, starts: np.ndarray) -> Tensor:
         """Run layers first..last, noting the hidden states at candidates if a policy asks."""
@@ -373,11 +380,10 @@ class Rounds:
         self.n[active] += count[active]
         self.done[active] |= self.n[active] >= self.max_length
         kept = np.minimum(accepted, count)
-        self.stats.tokens += int(count[active].sum())
+        self.tokens_made += int(count[active].sum())
         at, layer = before - self.prompt, np.full_like(passes, done.layer)
-        columns = (at, layer, passes, kept, done.heads, done.looks)
-        told = zip(active.tolist(), *(c[active].tolist() for c in columns), strict=True)
-        self.stats.log += map(Round._make, told)
+        columns = (rows, at, layer, passes, kept, done.heads, done.looks)
+        self._told.append(np.stack(columns, 1)[active])
         drafted = passes - 1
         self.ema[active] = updated_ema(self.ema, accepted, drafted)[active]
         self.last_accepted[active] = accepted[active] / self.max_draft

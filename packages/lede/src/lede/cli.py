@@ -107,22 +107,11 @@ def demo(
     texts = [[chr(int(token)) for token in row] for row in first.test.tokens[:8]]
     rounds = simulate(first.test, first.choice.policy, first.cost).log
     _write_rounds(run, rounds, texts, settings.layers)
-    metrics = {
-        "policies": {the_demo.TITLES[k]: summary[k] for k in the_demo.TITLES if k in summary},
-        "segments": first.segments,
-        "segments_of_all_seeds": [r.segments for r in results],
-        "history": first.training.history,
-        "chosen": [r.choice.name for r in results],
-        "tried": [r.choice.tried for r in results],
-        "agreement_by_exit": [r.agreement for r in results],
-        "predicted_on_training_prompts": [r.training.rho for r in results],
-        "exit_quality": recipes,
-        "lossless": all(r.lossless for r in results),
-        "summary": {
-            "message": message,
-            "rows": rows,
-            "picture": "speedups.png" if plots else None,
-        },
+    metrics = the_demo.metrics(results, summary, recipes)
+    metrics["summary"] = {
+        "message": message,
+        "rows": rows,
+        "picture": "speedups.png" if plots else None,
     }
     run.write_metrics(metrics, timing={"seconds": time.perf_counter() - began})
     drawn = _draw(run) if plots else []

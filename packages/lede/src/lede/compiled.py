@@ -1,11 +1,12 @@
 """Layers as compiled graphs over a static cache: one graph for each segment and width.
 
 Eager layers of one token are bound by launches, not by arithmetic. Here the layers between two
-candidate exits, at a width from a few buckets, are one graph of fixed shapes: `torch.compile` fuses
-it, and on CUDA replays it as a CUDA graph. The walk from candidate to candidate and the drafts use
-the same m segments; every exit's verification has a graph per bucket. So m exits and b buckets make at
-most m + m b + 1 segments (the last is the plain step) and b heads, whatever is decoded at a batch
-size. Only DEL, which looks at the candidates on the way, adds segments between them: (m - 1) b.
+candidate exits, at a width from a few buckets, are one graph of fixed shapes: `torch.compile`
+fuses it, and on CUDA replays it as a CUDA graph. The walk from candidate to candidate and the
+drafts use the same m segments; every exit's verification has a graph per bucket. So m exits and b
+buckets make at most m + m b + 1 segments (the last is the plain step) and b heads, whatever is
+decoded at a batch size. Only DEL, which looks at the candidates on the way, adds segments between
+them: (m - 1) b.
 """
 
 import types

@@ -222,8 +222,9 @@ class SelfSpeculativeDecoder:
         width = int(rounds.n.max())
         past = np.arange(width) >= rounds.n[:, None]
         tokens = np.where(past, fill, rounds.tokens[:, :width])
-        rounds.stats.wall_s = time.perf_counter() - began
-        return torch.from_numpy(tokens).to(input_ids.device), rounds.stats
+        stats = rounds.stats
+        stats.wall_s = time.perf_counter() - began
+        return torch.from_numpy(tokens).to(input_ids.device), stats
 
 
 def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> np.ndarray:
