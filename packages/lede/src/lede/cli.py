@@ -236,7 +236,7 @@ def collect(
     For a validation set, give other prompts and --probe-of the training experience.
     """
     import lede
-    from lede._loading import load_decoder
+    from lede._loading import load_decoder, load_experience
     from shared_core.run import RunFolder
 
     decoder, tokenizer, ids, mask = load_decoder(
@@ -252,7 +252,7 @@ def collect(
     common = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     eye, first = None, 0
     if probe_of is not None:
-        eye = _experience(probe_of)[0].probe
+        eye = load_experience(probe_of)[0].probe
     elif probe:
         first = len(ids) // 2
         if not first:
@@ -273,13 +273,6 @@ def collect(
     run.write_metrics(metrics)
     text = f"{metrics['tokens']} tokens of {len(table)} texts; best static pair here: {static}, "
     show_result(metrics, f"{text}{speedup:.2f} times\n{run.path}", as_json=as_json)
-
-
-def _experience(folder: Path) -> tuple[Any, Any]:
-    from lede import CostModel, ExperienceTable
-
-    table = ExperienceTable.load(folder / "experience.safetensors")
-    return table, CostModel.load(folder / "cost.json")
 
 
 @command(app, "train-policy")
@@ -304,11 +297,12 @@ def train_policy(
     beside the best static pair and threshold: it says so if one of these is faster.
     """
     import lede
+    from lede._loading import load_experience
     from shared_core.run import RunFolder
 
     config = lede.TrainConfig(algo=algo, target=target, steps=steps, seed=seed)
-    table, cost = _experience(experience)
-    held_out = _experience(validation)[0] if validation else table
+    table, cost = load_experience(experience)
+    held_out = load_experience(validation)[0] if validation else table
     run = RunFolder(out or Path("runs/lede/policy"))
     run.write_config(
         "lede train-policy",
@@ -348,8 +342,9 @@ def simulate(
     The static pair and the threshold are the best on this very experience, the oracle knows it.
     """
     import lede
+    from lede._loading import load_experience
 
-    table, cost = _experience(experience)
+    table, cost = load_experience(experience)
     entries: dict[str, Any] = {
         "best static pair": lede.best_static(table, cost)[0],
         "best threshold": lede.best_confidence(table, cost)[0],
