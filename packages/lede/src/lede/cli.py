@@ -458,34 +458,18 @@ def bench(
     learned = lede.QPolicy.from_pretrained(policy) if policy else None
     if learned is not None:
         exit_layers, max_draft = ",".join(map(str, learned.exits)), learned.longest
-    decoder, tokenizer, ids, mask = load_decoder(
-        prompts,
-        num_samples,
-        model,
-        preset,
-        _exits(exit_layers),
-        max_draft,
-        dtype,
-        seed,
-        device,
-        compile=compile,
-    )
+    what = (prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype)
+    decoder, tokenizer, ids, mask = load_decoder(*what, seed, device, compile=compile)
     pair = _exits(static, (decoder.exits[len(decoder.exits) // 2], min(6, max_draft)))
     if len(pair) != 2 or pair[0] not in decoder.exits or not 1 <= pair[1] <= max_draft:
         raise InputError(f"--static {static}; give an exit of {decoder.exits} and 1 to {max_draft}")
     common = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     contenders = the_bench.usual_contenders(decoder, (pair[0], pair[1]), learned, **common)
     run = RunFolder(out or Path("runs/lede/bench"))
+    settings = {"model": model, "preset": preset, "policy": policy, "repeats": repeats}
     run.write_config(
         "lede bench",
-        {
-            "model": model,
-            "preset": preset,
-            "policy": policy,
-            "repeats": repeats,
-            "compile": compile,
-            "seed": seed,
-        },
+        {**settings, "compile": compile, "seed": seed},
         distributions=["lede", "transformers"],
     )
     if decoder.compiled is not None:
