@@ -63,7 +63,7 @@ def test_tokens_are_the_eager_ones_and_graphs_are_bounded() -> None:
     )
     with torch._dynamo.config.patch(error_on_recompile=True):
         for policy in policies:
-            for width in (1, 7, 20):
+            for width in (1, 20):
                 stats = same(model, decoder, ids[:, :width], policy=policy)
                 assert policy.autoregressive or stats.drafted > 0
         # What a broken call left in the cache is not seen by the next.
