@@ -32,7 +32,8 @@ def test_a_compressed_prompt_learns_from_the_full_prompt() -> None:
     for labels in ("hard labels (KEFT)", "soft labels", "hybrid"):
         assert accuracy[f"compressed, {labels}"] > before
     hard = accuracy["compressed, hard labels (KEFT)"]
-    assert accuracy["compressed, soft labels"] > hard - 0.02  # 2.6 points above where it was measured
+    # 2.6 points above where it was measured; no worse by as much elsewhere.
+    assert accuracy["compressed, soft labels"] > hard - 0.025
 
 
 def test_a_tuned_classifier_takes_another_detector() -> None:
