@@ -14,6 +14,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gmsa._backbone import load_causal_lm, lora_layers, lora_state
 from gmsa.stages import add_decoder_lora, unshare_base
@@ -280,7 +281,10 @@ def _fill(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: Path) -
                 f"{path}: {name} has shape {list(tensor.shape)}, the model {list(own[name].shape)}"
             )
     for name, tensor in stored.items():
-        own[name].copy_(tensor)
+        value = own[name]
+        if isinstance(value, DTensor):  # sharded (FSDP2): each process takes its part
+            tensor = distribute_tensor(tensor.to(value.dtype), value.device_mesh, value.placements)
+        value.copy_(tensor)
 
 
 @torch.no_grad()
