@@ -91,9 +91,10 @@ def save_compressor(
     tuning = model.config.decoder_tuning
     decoder_state = None
     if state_dict is not None:
-        decoder_state = {
-            k.removeprefix("decoder."): v for k, v in state_dict.items() if k.startswith("decoder.")
-        }
+        # A gathered state has tied tensors twice, and no longer shows that they are.
+        own = {k for k, _ in (*model.decoder.named_parameters(), *model.decoder.named_buffers())}
+        plain = {k.removeprefix("decoder."): v for k, v in state_dict.items()}
+        decoder_state = {k: v for k, v in plain.items() if k in own}
     if tuning != "none":
         # In a folder of its own first, so that a crash leaves no half-written decoder.
         temporary = Path(tempfile.mkdtemp(dir=target, prefix=f".{DECODER_NAME}."))
