@@ -274,6 +274,15 @@ def lowest(session: nox.Session, package: Package) -> None:
 
 @nox.session(python=PYTHON, default=False)
 @per_package
+def fuzz(session: nox.Session, package: Package) -> None:
+    """Run one package's property tests with twenty times the examples, new ones each time."""
+    sync(session, f"--package={package}", "--all-extras", "--group=test")
+    environment = CPU_ONLY | {"TENFOLD_FUZZ": "20"}
+    pytest(session, package, "-m", "hypothesis and not cuda", env=environment)
+
+
+@nox.session(python=PYTHON, default=False)
+@per_package
 def coverage(session: nox.Session, package: Package) -> None:
     """Measure which lines and branches of one package its own tests reach."""
     sync(session, f"--package={package}", "--all-extras", "--group=test")
@@ -347,7 +356,13 @@ def _binaries() -> str:
 
 @nox.session(python=PYTHON, default=False)
 def bench(session: nox.Session) -> None:
-    """Measure the packages beside their peers, into benchmarks/results/ (-- <package>)."""
+    """Measure the packages beside their peers, into benchmarks/results/ (-- <package>).
+
+    Fails where a ratio has become worse than in the results before, by more than noise.
+    """
+    before = Path(session.create_tmp()) / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    shutil.copytree(ROOT / "benchmarks/results", before)
     for package in chosen(session):
         file = Path("benchmarks") / f"{package.module}.py"
         if not (ROOT / file).is_file():
@@ -358,6 +373,7 @@ def bench(session: nox.Session) -> None:
         options = [word for word in session.posargs if word.startswith("-")]
         # -P: the folder of a script named like its package must not shadow the package.
         session.run("python", "-P", str(file), "--out", "benchmarks/results", *options)
+    session.run("python", "benchmarks/compare.py", "--before", str(before), "--page")
 
 
 @nox.session(python=PYTHON)

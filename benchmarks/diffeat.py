@@ -5,8 +5,9 @@ CPU can time it. The peer restates the authors' loop in the plainest way: the sc
 and its 1,000 steps rebuilt in every call, hooks on the wanted modules, and always the whole
 forward. The prompt is embedded beforehand for both. On the CPU it is processor time that is
 measured, which other work on the machine disturbs less; ratios are medians over rounds, each round
-running every call once. Keypoint matching is measured beside the plain way, which enlarges the
-features.
+running every call once. On a GPU, memory is how far the peak rises in a call. Keypoint
+matching is measured beside the plain way, which enlarges the features, and
+ranking in one pass beside one pass for each activation, on the demo's small model.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import torch
 from diffusers import PNDMScheduler
 from torch.nn import functional as F
 
-from diffeat import FeatureExtractor, find_activation
+from diffeat import FeatureExtractor, find_activation, list_activations, rank
+from diffeat.demo import build_extractor, shapes_data
 from diffeat.presets import build_topology
 from diffeat.probe import nn_correspondence
 from shared_core.device import environment, measure_time, peak_memory, select_device
@@ -89,6 +91,37 @@ def matching(device: torch.device, channels: int) -> dict[str, Any]:
     return found
 
 
+def ranking(repeats: int) -> dict[str, Any]:
+    """Processor time of ranking 12 activations in one pass, and in a pass for each."""
+    fx = build_extractor()
+    train, test = shapes_data(8, "train")[:2], shapes_data(8, "test")[:2]
+    names = [i.name for i in list_activations(fx.backbone) if i.stage == "up"][-12:]
+
+    def together() -> None:
+        rank(fx, train, test, classes=4, candidates=names, prompt="", bootstrap=0)
+
+    def each() -> None:
+        for name in names:
+            rank(fx, train, test, classes=4, candidates=[name], prompt="", bootstrap=0)
+
+    seconds = rounds({"one_pass": together, "each": each}, torch.device("cpu"), repeats)
+    return {"activations": len(names), "each_over_one_pass": ratio(seconds, "each", "one_pass")}
+
+
+def small_overhead(repeats: int) -> float:
+    """Hooks of the demo's model, one layer at its end, without a stop."""
+    fx = build_extractor()
+    x, states = torch.randn(4, 12, 16, 16), torch.randn(4, 6, 32)
+    fx.layers = ["unet-out"]
+
+    def bare() -> None:
+        with torch.no_grad():
+            fx.backbone(x, 50, states)
+
+    calls = {"bare": bare, "hooked": lambda: fx.run(x, 50, states, stop=False)}
+    return ratio(rounds(calls, torch.device("cpu"), repeats), "hooked", "bare") - 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -125,6 +158,12 @@ def main() -> None:
     }
     each = rounds(calls, device, arguments.repeats)
     seconds = {name: statistics.median(values) for name, values in each.items()}
+    memory = {}
+    for name in ("bare_forward", "stopped", "full_with_hooks"):
+        with peak_memory(device) as peak:
+            kept = calls[name]()
+        memory[name] = peak.bytes if device.type != "cpu" else None  # the heap is there already
+        del kept
     result = {
         "note": arguments.note,
         "width": w,
@@ -135,10 +174,14 @@ def main() -> None:
         "stopped_over_bare": ratio(each, "stopped", "bare_forward"),
         "hook_overhead": ratio(each, "full_with_hooks", "bare_forward") - 1,
         "official_over_ours": ratio(each, "official_style", "extractor_call"),
+        "peak_bytes": memory,
+        "hook_overhead_of_demo_model": small_overhead(5 * arguments.repeats),
+        "ranking": ranking(3),
         "matching": matching(device, arguments.channels),
         "environment": environment("diffeat", "diffusers"),
     }
-    write_json(arguments.out / f"diffeat-{device.type}.json", result)
+    batched = "" if batch == 1 else f"-batch{batch}"
+    write_json(arguments.out / f"diffeat-{device.type}{batched}.json", result)
     print({k: v for k, v in result.items() if k != "environment"})
 
 

@@ -8,8 +8,9 @@ Run with ``nox -s bench -- lede``. Sections (``--sections policy,speed,collectio
 - ``speed``: a synthetic Llama, greedy, one prompt at a time, in turns: plain ``generate``, our loop
   without drafts, a static pair, transformers' ``assistant_early_exit`` with the same pair, a loop
   as LayerSkip's (growing tuples of keys and values, the head on the whole prompt, a look at the
-  host for every draft), and a learned policy. ``--clock cpu`` counts processor seconds, for a
-  machine that others use too.
+  host for every draft), and a learned policy. The static pair also compiled, beside our compiled
+  loop without drafts; the other loops grow their caches and so have no fixed shapes to compile.
+  ``--clock cpu`` counts processor seconds, for a machine that others use too.
 - ``collection``: batched experience with continuations beside one-by-one roll-outs.
 """
 
@@ -185,9 +186,11 @@ def layerskip_style(model: Any, exit_layer: int, drafts: int, new: int) -> Any:
     return wrapped
 
 
-def speed(device: torch.device, repeats: int, short: bool, clock: str) -> dict[str, Any]:
+def speed(
+    device: torch.device, width: int, repeats: int, short: bool, clock: str
+) -> dict[str, Any]:
     large = device.type == "cuda"
-    shape: dict[str, Any] = {"layers": 12, "hidden": 256, "vocab": 2048, "knee": 4}
+    shape: dict[str, Any] = {"layers": 12, "hidden": width, "vocab": 2048, "knee": 4}
     if large:
         shape = {"layers": 32, "hidden": 4096, "vocab": 32000, "knee": 8, "dtype": torch.bfloat16}
     model = synthetic_llama(**shape, acceptance=0.9, device=device)
@@ -207,19 +210,29 @@ def speed(device: torch.device, repeats: int, short: bool, clock: str) -> dict[s
     static, _ = lede.best_static(table, cost)
     contenders = usual_contenders(decoder, pair, None, **common)
     settings = {"do_sample": False, **common}
+    ready = lede.SelfSpeculativeDecoder(model, (pair[0],), max_draft=pair[1], compile=True)
+    assert ready.compiled is not None
+    began = time.perf_counter()
+    ready.compiled.warm_up(1, ids.shape[1] + new)
+    compiling = time.perf_counter() - began
     contenders |= {
-        "our loop, no drafts": generate_with(decoder, lede.AutoregressivePolicy(), **settings),
+        "no drafts, compiled": generate_with(ready, lede.AutoregressivePolicy(), **settings),
+        f"static {pair[0]},{pair[1]}, compiled": generate_with(
+            ready, lede.StaticPolicy(*pair), **settings
+        ),
         "LayerSkip-style loop": layerskip_style(model, *pair, new),
         f"best static {static.exit_layer},{static.num_draft}": generate_with(
             decoder, static, **settings
         ),
         "LEDE": generate_with(decoder, learned, **settings),
     }
-    prompts = [row[None] for row in ids[48 : 50 if short else 56]]
+    prompts = [row[None] for row in ids[48 : 50 if short else 54]]
     timer = time.process_time if clock == "cpu" else time.perf_counter
     found = bench(contenders, prompts, device, repeats=repeats, reference="generate", clock=timer)
     result = speedups(found, "generate", cost)
-    fixed = result[f"static {pair[0]},{pair[1]}"]["tokens_per_second"]
+    rate = {name: r["tokens_per_second"] for name, r in result.items()}
+    fixed = rate[f"static {pair[0]},{pair[1]}"]
+    compiled = rate[f"static {pair[0]},{pair[1]}, compiled"]
     seen = lede.policies.Observation(
         *(np.array([v]) for v in (0, knee, 1, 0.5, 0.2, 0.3, 1.0, 0.7, 1.0, 0.2)),
         probe=np.zeros((1, 2)),
@@ -244,9 +257,12 @@ def speed(device: torch.device, repeats: int, short: bool, clock: str) -> dict[s
         "pair": pair,
         "clock": clock,
         "contenders": result,
-        "static_over_assistant_early_exit": fixed
-        / result["assistant_early_exit"]["tokens_per_second"],
-        "static_over_layerskip_style": fixed / result["LayerSkip-style loop"]["tokens_per_second"],
+        "static_over_assistant_early_exit": fixed / rate["assistant_early_exit"],
+        "static_over_layerskip_style": fixed / rate["LayerSkip-style loop"],
+        "compiled_static_over_assistant_early_exit": compiled / rate["assistant_early_exit"],
+        "compiled_static_over_layerskip_style": compiled / rate["LayerSkip-style loop"],
+        "compiled_static_over_compiled_no_drafts": compiled / rate["no drafts, compiled"],
+        "compiling_seconds": compiling,
         "policy_training_seconds": trained,
         "seconds_of_a_look": one,
         "looks_share_of_a_round": one * float(np.mean([r.looks for r in log])) / round_time,
@@ -279,6 +295,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--sections", default="policy,speed,collection")
+    parser.add_argument("--widths", default="128,256", help="Of the models of section speed.")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--small", action="store_true", help="The model of demo --quick.")
     parser.add_argument("--short", action="store_true", help="Little of everything.")
@@ -290,7 +307,10 @@ def main() -> None:
     seeds = [int(s) for s in options.seeds.split(",")]
     parts = {
         "policy": lambda: policy(seeds, options.short, options.small),
-        "speed": lambda: speed(device, options.repeats, options.short, options.clock),
+        "speed": lambda: {
+            f"width {w}": speed(device, w, options.repeats, options.short, options.clock)
+            for w in map(int, options.widths.split(","))
+        },
         "collection": lambda: collection(options.short),
     }
     for name in wanted:

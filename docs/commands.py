@@ -29,6 +29,7 @@ class Option:
     name: str
     kind: str
     help: str
+    required: bool
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Command:
     summary: str
     arguments: tuple[str, ...]
     options: tuple[Option, ...]
+    required: tuple[tuple[str, str], ...]
+    """Names and kinds of what has no default: options such as ``--data``, arguments as ``TEXT``."""
 
 
 def _kind(annotation: Any) -> str:
@@ -50,18 +53,29 @@ def _kind(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def _parameters(package: str, command: str, function: Any) -> Iterator[Option | str]:
+@dataclass(frozen=True)
+class Argument:
+    """One argument of one command, which stands without a name."""
+
+    name: str
+    kind: str
+    required: bool
+
+
+def _parameters(package: str, command: str, function: Any) -> Iterator[Option | Argument]:
     for parameter in inspect.signature(function).parameters.values():
         assert get_origin(parameter.annotation) is Annotated, (package, command, parameter)
         annotation, info = get_args(parameter.annotation)[:2]
+        required = parameter.default is inspect.Parameter.empty
         if isinstance(info, typer.models.ArgumentInfo):
-            yield parameter.name.upper()
+            yield Argument(parameter.name.upper(), _kind(annotation), required)
             continue
         # In an Annotated option the first name stands where the default otherwise does.
         names = [str(info.default), *(info.param_decls or ())]
         long = [d.split("/")[0] for d in names if d.startswith("--")]
         name = long[0] if long else "--" + parameter.name.replace("_", "-")
-        yield Option(package, command, name, _kind(annotation), " ".join((info.help or "").split()))
+        help = " ".join((info.help or "").split())
+        yield Option(package, command, name, _kind(annotation), help, required)
 
 
 def commands() -> list[Command]:
@@ -79,8 +93,9 @@ def commands() -> list[Command]:
                     package,
                     name,
                     (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " "),
-                    tuple(p for p in parts if isinstance(p, str)),
+                    tuple(p.name for p in parts if isinstance(p, Argument)),
                     tuple(p for p in parts if isinstance(p, Option)),
+                    tuple((p.name, p.kind) for p in parts if p.required),
                 )
             )
     return sorted(found, key=lambda c: (c.package, c.name))

@@ -44,7 +44,7 @@ def page_of(target: str) -> str:
         path = folder.relative_to(ROOT).as_posix()
         if target.rstrip("/") in (path, f"{path}/README.md"):
             return f"methods/{name}.md"
-    return TEXTS.get(target, target)
+    return TEXTS.get(target, target.removeprefix("../docs/"))
 
 
 def with_links_to_pages(text: str) -> str:
@@ -60,6 +60,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Methods": [{name: f"methods/{name}.md"} for name in PACKAGES]},
         {"Together": [f"tutorials/{file.name}" for file in sorted(TUTORIALS.glob("*.md"))]},
         {"Command lines": "commands.md"},
+        {"Measured": "measured.md"},
         {
             "API": [
                 {name: [{module: f"api/{module}.md"} for module in public_modules(folder)]}

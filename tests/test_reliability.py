@@ -80,6 +80,31 @@ def test_a_file_where_the_folder_should_be_is_refused(
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+def required(command: Command, value: str) -> list[str]:
+    """What the command cannot do without, each given this value, and numbers 1."""
+    words: list[str] = []
+    for name, kind in command.required:
+        given = "1" if kind in ("int", "float") else value
+        words += [name, given] if name.startswith("--") else [given]
+    return words
+
+
+@every_command
+@pytest.mark.parametrize("kind", ["missing", "empty", "corrupt"])
+def test_files_that_are_missing_or_corrupt_are_refused(
+    command: Command, kind: str, run_cli: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "given.jsonl"
+    if kind == "corrupt":
+        file.write_bytes(bytes(range(256)))
+    elif kind == "empty":
+        file.touch()
+    words = required(command, str(file))
+    if not words:
+        return  # the command runs without a file
+    clear(run_cli(main_of(command.package), command.name, *words), command.package)
+
+
 def start(package: str, out: Path, **options: Any) -> subprocess.Popen[str]:
     """Begin the quick demo in a process of its own."""
     module = f"{package.replace('-', '_')}.cli"

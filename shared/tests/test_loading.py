@@ -207,6 +207,23 @@ def test_broken_files_are_refused(tmp_path: Path, cache: dict, name: str, conten
         load_rows(tmp_path / name, **cache)
 
 
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(InputError, match=r"a\.jsonl is empty; accepted"):
+        load_rows(tmp_path / "a.jsonl")
+
+
+def test_a_broken_file_is_told_of_once(
+    tmp_path: Path, cache: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(bytes(range(256)))
+    before = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    with pytest.raises(InputError, match=r"cannot load the split 'train' of .*a\.jsonl"):
+        load_rows(tmp_path / "a.jsonl", **cache)
+    assert capsys.readouterr() == ("", "")
+    assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before
+
+
 def test_streaming_is_refused() -> None:
     with pytest.raises(InputError, match="streaming=True gives no data set with a length"):
         load_images("uoft-cs/cifar10", streaming=True)

@@ -4,7 +4,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Subset, TensorDataset
 
@@ -15,8 +15,9 @@ from shared_core.data.long_tail import (
     long_tail_indices,
 )
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
-repeatable = settings(deadline=None, max_examples=80, derandomize=True)
+repeatable = examples(80)
 
 
 @pytest.fixture(autouse=True)

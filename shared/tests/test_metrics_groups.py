@@ -4,12 +4,13 @@ from fractions import Fraction
 import jaxtyping
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 
 from shared_core.errors import InputError
 from shared_core.metrics import ShotAccuracy, shot_groups
+from shared_core.testing import examples
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_edges_of_the_groups() -> None:
     st.integers(0, 200),
     st.booleans(),
 )
-@settings(deadline=None, max_examples=60, derandomize=True)
+@examples(60)
 def test_groups_partition_the_classes(counts: list, low: int, width: int, inclusive: bool) -> None:
     groups = shot_groups(counts, many=low + width, few=low, many_inclusive=inclusive)
     assert sorted(c for group in groups.values() for c in group) == list(range(len(counts)))

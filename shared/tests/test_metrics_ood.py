@@ -5,17 +5,18 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from shared_core.errors import InputError
 from shared_core.metrics import aupr_in, aupr_out, auroc, fpr_at_recall, ood_metrics
+from shared_core.testing import examples
 
 few_scores = st.lists(st.integers(-3, 3), min_size=1, max_size=12)
 many_scores = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=30)
 levels = st.sampled_from([0.05, 0.25, 0.5, 0.8, 0.9, 0.95, 1.0])
-repeatable = settings(deadline=None, max_examples=150, derandomize=True)
+repeatable = examples(150)
 
 
 @pytest.fixture

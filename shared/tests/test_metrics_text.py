@@ -4,7 +4,7 @@ from collections import Counter
 import jaxtyping
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_core.errors import InputError
@@ -16,9 +16,10 @@ from shared_core.metrics import (
     token_accuracy,
     token_f1,
 )
+from shared_core.testing import examples
 
 words = st.lists(st.sampled_from(["a", "cat", "the", "sat", "mat", "on"]), max_size=12)
-repeatable = settings(deadline=None, max_examples=150, derandomize=True)
+repeatable = examples(150)
 
 
 @pytest.mark.smoke

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_core.errors import InputError
@@ -25,6 +25,7 @@ from shared_core.run import (
     to_plain,
     write_json,
 )
+from shared_core.testing import examples
 
 leaves = (
     st.none()
@@ -45,7 +46,7 @@ states = st.recursive(
 
 
 @pytest.mark.smoke
-@settings(deadline=None, max_examples=40, derandomize=True)
+@examples(40)
 @given(state=states)
 def test_state_round_trip(tmp_path_factory: pytest.TempPathFactory, state: object) -> None:
     path = tmp_path_factory.mktemp("state") / "s.safetensors"

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_core.data._attributes import COLOR_VALUES
@@ -25,6 +25,7 @@ from shared_core.data._render import (
 )
 from shared_core.data.shapes import BACKGROUNDS, COLORS, FILLS, SHAPES, render
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 
@@ -69,7 +70,7 @@ def test_the_bytes_do_not_depend_on_the_processor() -> None:
     assert result.stdout.strip() == HASH
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@examples(15)
 @given(st.lists(st.integers(0, 299), min_size=1, max_size=40), st.sampled_from([16, 32]))
 def test_an_image_depends_on_its_number_and_attributes_alone(chosen: list[int], size: int) -> None:
     every = mixed(300)

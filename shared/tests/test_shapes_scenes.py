@@ -3,7 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_core.data._attributes import COLOR_VALUES
@@ -11,6 +11,7 @@ from shared_core.data._draws import uniforms
 from shared_core.data._scenes import class_chain, co_occurrence
 from shared_core.data.shapes import COLORS, SHAPES, MultiLabelScenes, Scenes, ShapesWorld
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
 WORLD = ShapesWorld(seed=3)
 HASH = "385270cac2421be34ac7914d4155298e7cf7c115091592c1d1e1690b888c01cd"
@@ -62,7 +63,7 @@ def check(scenes: Scenes) -> None:
     assert set(np.unique(scenes.part)) <= {0, 1, 2}
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@examples(12)
 @given(
     seed=st.integers(0, 2**40),
     size=st.sampled_from([16, 40, 64]),

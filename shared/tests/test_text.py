@@ -5,7 +5,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_core.data import text as text_module
@@ -17,9 +17,10 @@ from shared_core.data.text import (
     train_bpe,
 )
 from shared_core.errors import InputError, MissingExtraError
+from shared_core.testing import examples
 
 SPLITS = ("train", "validation", "test")
-repeatable = settings(deadline=None, max_examples=60, derandomize=True)
+repeatable = examples(60)
 
 
 @pytest.fixture(autouse=True)

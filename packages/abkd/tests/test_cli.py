@@ -175,7 +175,7 @@ def test_evaluate(pair: list[str], tmp_path: Path, run_cli: Run) -> None:
     assert refused.code == 2
     assert "accepted: rouge_l, exact_match" in refused.stderr
     (tmp_path / "text.jsonl").write_text('{"story": "x"}')
-    refused = run_cli(main, *common, "--data", tmp_path / "text.jsonl")
+    refused = run_cli(main, *common, "--metric", "exact_match", "--data", tmp_path / "text.jsonl")
     assert refused.code == 2
     assert "evaluation needs prompt and" in refused.stderr
 

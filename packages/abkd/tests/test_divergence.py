@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from abkd import (
     divergence,
     divergence_terms,
 )
+from shared_core.testing import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore:alpha=:UserWarning")
 
@@ -184,7 +185,7 @@ def test_infinite_logits_are_mass_zero() -> None:
     torch.testing.assert_close(ab_divergence(t, z, 1.0, 0.0), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(exponents, exponents, st.integers(0, 10_000), st.floats(0.2, 4))
 def test_invariants(alpha: float, beta: float, seed: int, omega: float) -> None:
     z, t = logits(2, 8, seed=seed), logits(2, 8, seed=seed + 1)

@@ -117,6 +117,33 @@ def test_accumulation_equals_one_batch(tmp_path: Path, fused: bool) -> None:
         assert results[0][1][name] == pytest.approx(results[1][1][name], rel=1e-4)
 
 
+def test_heads_of_qwen_sizes_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2.5: 152,064 rows (7B) and 151,936 (3B and below) for 151,665 tokens."""
+    tokens = 151_665
+    student, teacher = models(151_936, 152_064)
+    with torch.no_grad():
+        teacher.lm_head.weight[tokens:] = 9.0  # padding rows that would take all the mass
+    found = {f"t{i}": i for i in range(tokens)}
+    monkeypatch.setattr(Tokens, "get_vocab", lambda self: found)
+    mine = (student, teacher)
+    monkeypatch.setattr(f"{__name__}.models", lambda: mine)
+    t = trainer(tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0)
+    assert t.vocab_size == tokens
+    head = student.lm_head.weight
+    before = head.detach().clone()
+    batch = CompletionCollator(0)(rows(3))
+    loss = t.compute_loss(t.model, batch)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    z, p = (m(**inputs).logits[:, :-1, :tokens].detach() for m in mine)
+    expected = ab_divergence(z, p, 0.2, 0.7, mask=batch["labels"][:, 1:] != -100)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
+    t.train()
+    assert torch.equal(head[tokens:], before[tokens:])
+    assert not torch.equal(head[:tokens], before[:tokens])
+
+
 def test_training_learns_and_leaves_the_teacher_alone(tmp_path: Path) -> None:
     t = trainer(tmp_path, max_steps=60, learning_rate=3e-2, lr_scheduler_type="constant")
     before = weights(t.teacher).clone()

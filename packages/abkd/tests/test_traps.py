@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from abkd import ab_divergence, distillation_loss, fused_linear_ab_divergence
+from abkd import (
+    DIVERGENCES,
+    ab_divergence,
+    distillation_loss,
+    divergence,
+    fused_linear_ab_divergence,
+)
 from abkd.presets import PRESETS
 from abkd.sparse import sparse_distillation_loss
 from abkd.vision import DistillationLoss, dkd_loss, lsd_loss, ttm_loss
@@ -99,6 +105,21 @@ def test_infinities_are_not_masked_away() -> None:
     found = ab_divergence(z, t, 0.5, 0.5)
     p, q = torch.full((3,), 1 / 3), torch.tensor([0.5, 0.5, 0.0])
     torch.testing.assert_close(found, 2 * (p.sqrt() - q.sqrt()).square().sum())
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_teacher_of_nan_is_not_one_that_agrees(name: str, dtype: torch.dtype) -> None:
+    """A teacher that overflowed in half precision would look as if it were distilled perfectly."""
+    z, t = (x.to(dtype).requires_grad_(i == 0) for i, x in enumerate(draw(3, 6)))
+    t[1] = torch.nan
+    values = divergence(name, z, t, reduction="none")
+    assert values.isnan().tolist() == [False, True, False]
+    [gradient] = torch.autograd.grad(values[::2].sum(), z)
+    assert gradient[::2].isfinite().all()
+    assert divergence(name, t[1:2], z[1:2].detach(), reduction="none").isnan()
+    eye = torch.eye(6, dtype=dtype)
+    assert fused_linear_ab_divergence(z, eye, t, eye, divergence=name).loss.isnan()
 
 
 def test_ids_beyond_sixteen_bits() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from bridge_garden.cli import main
 from bridge_garden.cost import cost_account
-from bridge_garden.models import read_rows
+from bridge_garden.models import prompt_of, read_rows
 from bridge_garden.presets import PRESETS, get_preset
 from shared_core.errors import InputError
 from shared_core.testing import CliResult
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 def test_help_teaches(run_cli: Run) -> None:
     shown = run_cli(main, "--help")
-    for name in ["demo", "train", "exposure", "kappa", "cost", "presets"]:
+    names = ["demo", "train", "exposure", "kappa", "annotate", "capture", "evaluate", "bench"]
+    for name in [*names, "cost", "presets"]:
         assert name in shown.stdout
         assert run_cli(main, name, "--help").code == 0
 
@@ -125,7 +126,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
     # A checkpoint that was being written does not count.
     Path("killed/checkpoints/checkpoint-39").mkdir()
     other = run_cli(main, *command, "--out", "killed", "--resume", "--weight", "soft")
-    assert (other.code, "another weight" in other.stderr) == (2, True)
+    assert (other.code, "--resume with weight='soft'" in other.stderr) == (2, True)
     again = run_cli(main, *command, "--out", "killed", "--resume")
     assert again.code == 0, again.stderr
     assert json.loads(again.stdout) == first
@@ -156,6 +157,99 @@ def test_exposure_and_kappa(run_cli: Run, pair: tuple[str, str, str]) -> None:
     assert (folder / "kappa.png").is_file()
 
 
+def test_annotate_and_evaluate(
+    run_cli: Run, pair: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher, data = pair
+    shown = run_cli(
+        main, "annotate", "the sum 1 + 1 = 2", "--teacher", teacher, "--student", student,
+        "--weight", "wsl", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["tokens"] == ["the", "sum", "1", "+", "1", "=", "2"]
+    assert len(found["positions"]["weight"]) == 6
+    folder = Path("runs/bridge-garden/annotate")
+    assert (folder / "annotate.png").stat().st_size > 10_000
+    assert "&lt;" in _strip_of(run_cli, teacher, "2 <eos> 3")
+
+    import bridge_garden.small_teacher as small
+
+    whole = small.small_teacher
+    monkeypatch.setattr(
+        small, "small_teacher", lambda seed: whole(2, vocab=300, width=16, window=8, seed=seed)
+    )
+    shown = run_cli(main, "annotate", "--device", "cpu", "--json", "--out", "without")
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert "".join(found["tokens"]) == small.SENTENCE
+    assert json.loads(Path("without/metrics.json").read_text()) == {**found, "timing": {}}
+
+    command = ["evaluate", "--model", student, "--data", data, "--device", "cpu", "--json"]
+    shown = run_cli(main, *command, "--max-new-tokens", "3", "--limit", "5")
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["rows"] == 5
+    lines = Path("runs/bridge-garden/evaluate/log.jsonl").read_text().splitlines()
+    scores = [json.loads(line)["score"] for line in lines]
+    assert found["exact_match"] == sum(scores) / 5
+
+
+def _strip_of(run_cli: Run, teacher: str, text: str) -> str:
+    shown = run_cli(
+        main, "annotate", text, "--teacher", teacher, "--device", "cpu", "--out", "strip"
+    )
+    assert shown.code == 0, shown.stderr
+    return Path("strip/annotate.html").read_text()
+
+
+def test_capture_then_train_without_the_teacher(run_cli: Run, pair: tuple[str, str, str]) -> None:
+    """All 17 tokens are kept, so that the numbers are those of training with the teacher."""
+    pytest.importorskip("datasets")
+    student, teacher, data = pair
+    captured = run_cli(
+        main, "capture", "--teacher", teacher, "--data", data, "--k", "17", "--out", "topk",
+        "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert captured.code == 0, captured.stderr
+    assert json.loads(captured.stdout) == {"out": "topk", "rows": 8, "k": 17, "vocab": 17}
+    again = ["capture", "--teacher", teacher, "--data", data, "--out", "topk", "--device", "cpu"]
+    assert run_cli(main, *again).code == 2
+    assert run_cli(main, *again, "--k", "17", "--resume").code == 0
+    command = ["train", "--student", student, "--device", "cpu", "--batch-size", "4", "--json"]
+    command += ["--accumulation", "1", "--max-steps", "4", "--lr", "1e-2", "--weight", "entropy"]
+    command += ["--nonfinite", "skip"]
+    runs = [
+        run_cli(main, *command, "--data", "topk", "--out", "offline"),
+        run_cli(main, *command, "--data", data, "--teacher", teacher, "--out", "online"),
+    ]
+    assert [run.code for run in runs] == [0, 0], [run.stderr for run in runs]
+    offline, online = (json.loads(run.stdout) for run in runs)
+    assert offline["skipped"] == online["skipped"] == 0
+    for name in ("loss", "kd", "ce", "weight"):
+        assert offline[name] == pytest.approx(online[name], rel=1e-3)
+    own = run_cli(main, *command, "--data", "topk", "--on-policy-fraction", "0.5", "--out", "own")
+    assert (own.code, "need the teacher itself" in own.stderr) == (2, True)
+    drawn = run_cli(
+        main, *command, "--data", data, "--teacher", teacher, "--out", "drawn",
+        "--on-policy-fraction", "1", "--max-new-tokens", "3",
+    )  # fmt: skip
+    assert drawn.code == 0, drawn.stderr
+    assert json.loads(drawn.stdout)["loss"] != online["loss"]
+
+
+def test_bench(run_cli: Run) -> None:
+    shown = run_cli(
+        main, "bench", "--tokens", 16, "--classes", 50, "--width", 4, "--repeats", 1,
+        "--device", "cpu", "--out", "measured", "--json",
+    )  # fmt: skip
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["seconds"].keys() == {"hybrid", "hybrid_risk", "soft", "naive", "naive_risk"}
+    assert found["ratios"].keys() >= {"hybrid over soft, time", "naive over hybrid, time"}
+    assert json.loads(Path("measured/metrics.json").read_text())["timing"] == found
+
+
 def test_presets_and_plan(run_cli: Run) -> None:
     listed = json.loads(run_cli(main, "presets", "--json").stdout)
     assert listed.keys() == PRESETS.keys()
@@ -166,6 +260,11 @@ def test_presets_and_plan(run_cli: Run) -> None:
     assert get_preset("qwen2.5-7b-3b-risk").risk_alpha == 0.1
     with pytest.raises(InputError, match="accepted: qwen"):
         get_preset("gpt-9")
+    own = get_preset("qwen2.5-7b-3b-on-policy")
+    assert (own.weight, own.on_policy_fraction, own.max_new_tokens) == ("static:0.1", 0.2, 512)
+    files = json.loads(run_cli(main, "presets", "--launch", "--json").stdout)
+    assert files
+    assert all(Path(path).is_file() for path in files.values())
 
 
 def test_cost(run_cli: Run) -> None:
@@ -188,6 +287,11 @@ def test_cost(run_cli: Run) -> None:
         (["demo", "--device", "cuda"], "cpu"),
         (["exposure", "--student", "no/s", "--teacher", "no/t", "--data", "no.jsonl"], "no.jsonl"),
         (["kappa", "a", "--student", "./no", "--teacher", "./no"], "tokenizer"),
+        (["annotate", "a b", "--teacher", "./no"], "no model could be loaded"),
+        (["annotate", "a b", "--weight", "bold"], "no weight is called"),
+        (["capture", "--teacher", "./no", "--data", "no.jsonl"], "no.jsonl"),
+        (["evaluate", "--model", "./no", "--data", "no.jsonl"], "no.jsonl"),
+        (["bench", "--tokens", "1"], "tokens"),
     ],
 )
 def test_bad_input_is_two_lines(run_cli: Run, argv: list[str], told: str) -> None:
@@ -206,3 +310,5 @@ def test_rows(tmp_path: Path) -> None:
         bad.write_text(text)
         with pytest.raises(InputError, match=told):
             read_rows(str(bad))
+    with pytest.raises(InputError, match="columns story; accepted: prompt, question or text"):
+        prompt_of({"story": "once"})

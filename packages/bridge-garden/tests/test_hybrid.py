@@ -1,7 +1,6 @@
 """The hybrid loss: its limits, its gradient in closed form, one denominator, fused = plain."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 import abkd
 from bridge_garden import Risk, Static, StepInfo, fused_hybrid_loss, hybrid_loss
 from shared_core.errors import InputError
-from shared_core.testing import run_gloo
 
 
 def pair(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,25 +180,6 @@ def test_one_denominator_under_accumulation() -> None:
     )
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad(parts, z), grad(whole, z), rtol=1e-12, atol=1e-16)
-
-
-def _two_processes(rank: int, world: int) -> None:
-    torch.manual_seed(0)
-    W, t, y = torch.randn(6, 3, requires_grad=True), torch.randn(4, 5, 6), torch.randint(6, (4, 5))
-    y[0, 1:] = -100
-    h = torch.randn(4, 5, 3)
-    kw = {"weight": "entropy", "hard_labels": "labels", "risk": Risk(0.2)}
-    (whole,) = grad(hybrid_loss(h @ W.T, t, y, **kw).loss, W)
-    mine = slice(2 * rank, 2 * rank + 2)
-    count = (y[mine] != -100).sum()
-    torch.distributed.all_reduce(count)
-    (part,) = grad(hybrid_loss(h[mine] @ W.T, t[mine], y[mine], n_valid=count, **kw).loss, W)
-    torch.distributed.all_reduce(part)
-    torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
-
-
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    run_gloo(_two_processes, tmp_path)
 
 
 def test_padding_rows_of_heads_have_no_part() -> None:

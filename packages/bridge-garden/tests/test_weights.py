@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from abkd import TokenStatistics
@@ -22,6 +22,7 @@ from bridge_garden.weights import (
     weight_from_string,
 )
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
 NOW = StepInfo()
 
@@ -58,7 +59,7 @@ def test_each_formula_in_numpy() -> None:
 
 
 @given(st.lists(st.floats(0.0, 40.0), min_size=2, max_size=9))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_ranges(logits: list[float]) -> None:
     p = torch.softmax(torch.tensor([logits], dtype=torch.float64), -1)
     s, V = seen(p), len(logits)

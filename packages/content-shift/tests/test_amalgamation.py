@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from content_shift import Amalgamation, AmalgamationOutput, GammaWalk, amalgamation_loss
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
 
 def by_hand(mix: Amalgamation, stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +70,7 @@ def test_equals_an_independent_computation(granularity: str) -> None:
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.sampled_from(["scalar", "channel"]), st.integers(0))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_invariants(b: int, n: int, granularity: str, seed: int) -> None:
     torch.manual_seed(seed % 1000)
     mix = Amalgamation(3, n, granularity, hidden=8).eval()

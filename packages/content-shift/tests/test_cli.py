@@ -30,8 +30,8 @@ def test_demo_and_what_follows(run_cli: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert shown.code == 0, shown.stderr
     written = json.loads(Path("demo/metrics.json").read_text())
     assert written["summary"] == json.loads(shown.stdout)["summary"]
-    assert len(written["summary"]["rows"]) == 7
-    assert len(written["rows"]) == 7
+    assert len(written["summary"]["rows"]) == 8
+    assert len(written["rows"]) == 8
     nothing = [r for r in written["rows"] if r["technique"] == "control x 0"]
     assert all(r[k] == 0 for r in nothing for k in ("gain", "miou_gain", "score"))
     guided = [r for r in written["rows"] if r["technique"] == "guidance 3"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from content_shift import Recipe, ZeroAnchor, gate, shift_map
+from content_shift import Inputs, Recipe, ZeroAnchor, gate, shift_map
 from content_shift import techniques as T
 from content_shift.closeness import psnr
 from content_shift.img2img import extractor_of
@@ -73,6 +73,27 @@ def test_reconstruction_is_one_prediction(fx: FeatureExtractor, images: torch.Te
     torch.testing.assert_close(gains, close[0] - close[1], atol=1e-4, rtol=1e-4)
     for metric in ("ssim", "edge"):
         assert gate.reconstruction_gain(fx, T.CFG(1.0), images, 100, metric, prompt="a") == 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_features_and_estimate_come_from_one_forward(
+    fx: FeatureExtractor, images: torch.Tensor, guidance: float
+) -> None:
+    recipe, calls = T.Prompt("a cat") + T.CFG(guidance), []
+    inputs = Inputs.prepare(fx, images)
+    handle = fx.backbone.register_forward_pre_hook(lambda *a: calls.append(1))
+    with recipe.applied(fx) as opened:
+        found, clean = recipe.features_and_estimate(
+            fx, opened, inputs, layers=list(fx.layers), t=80, seed=2
+        )
+    handle.remove()
+    assert len(calls) == (1 if guidance == 1 else 3)
+    alone = recipe(fx, images, t=80, seed=2)
+    assert list(found) == list(alone)
+    assert all(torch.equal(found[name], alone[name]) for name in alone)
+    with recipe.applied(fx) as opened:
+        ctx = recipe.conditioned(fx, opened, inputs, t=80, seed=2)
+        assert torch.equal(clean, ctx.clean_estimate())
 
 
 def test_report_is_saved_and_drawn(

@@ -92,6 +92,39 @@ def test_control_is_the_forward_written_out(
         torch.testing.assert_close(found[name], cap.features[name])
 
 
+def test_residuals_are_shared_only_where_all_is_the_same(
+    extractor: Build, control: Build, images: torch.Tensor
+) -> None:
+    fx = extractor("sd15")
+    net, other = control(fx.backbone), control(fx.backbone, seed=2)
+    calls = []
+    net.register_forward_pre_hook(lambda *a: calls.append(net))
+    other.register_forward_pre_hook(lambda *a: calls.append(other))
+    recipes = [
+        T.Prompt("a") + T.ControlNet(net),
+        T.ControlNet(net) + T.Prompt("a") + T.CFG(1.0),  # as the first
+        T.Prompt("bb") + T.ControlNet(net),
+        T.Prompt("a") + T.ControlNet(net, scale=0.5),
+        T.Prompt("a") + T.ControlNet(net, "image"),
+        T.Prompt("a") + T.ControlNet(other),
+        T.Prompt("a") + T.ControlNet(net) + T.ControlNet(other),
+        T.Prompt("a") + T.ControlNet(net, images=canny(images)),
+        T.Prompt("a") + T.ControlNet(net) + T.PreDenoise(51),
+    ]
+    inputs = Inputs.prepare(fx, images)
+    together = [recipe(fx, inputs=inputs) for recipe in recipes]
+    assert len(calls) == 9 + 1 + 1 - 1  # a second net, a step of the walk; one that is shared
+    for one, recipe in zip(together, recipes, strict=True):
+        assert same(one, recipe(fx, images))
+    assert same(together[0], together[1])
+    assert not any(same(together[0], one) for one in together[2:7])
+    begun = len(calls)
+    recipes[0](fx, inputs=inputs, t=60)
+    recipes[0](fx, inputs=inputs, seed=1)
+    recipes[0](fx, inputs=inputs, draw=1)
+    assert len(calls) == begun + 3
+
+
 def test_order_is_that_of_the_sum(fx: FeatureExtractor, images: torch.Tensor) -> None:
     last = (T.Prompt("one") + T.Prompt("three"))(fx, images)
     assert same(last, T.Prompt("three")(fx, images))
@@ -128,7 +161,8 @@ def test_features_do_not_depend_on_the_batch(
     inputs = Inputs.prepare(fx, images, ids=["a", "b", "c"])
     again = recipe(fx, inputs=inputs, seed=1)
     assert same(whole, again)
-    assert list(inputs.shared) == [("control", "canny")]  # edges are found once for all recipes
+    # Edges and noise are there once for all recipes.
+    assert list(inputs.shared) == [("start", "seeded", 1, 0, 50), ("control", "canny")]
     assert same(recipe(fx, inputs=inputs, seed=1), whole)
 
 

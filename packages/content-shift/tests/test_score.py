@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from content_shift import ZeroAnchor, gate
 from content_shift.score import score_of_differences
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
 PADDED = {"replicate": "edge", "zero": "constant", "reflect": "reflect"}
 OFFSETS = {
@@ -58,7 +59,7 @@ def test_equals_an_independent_computation(
 
 
 @given(st.floats(-3, 4, width=32), st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_closed_forms(k: float, seed: int) -> None:
     torch.manual_seed(seed)
     ref, anchor = torch.randn(2, 2, 3, 6, 6, dtype=torch.float64).unbind()

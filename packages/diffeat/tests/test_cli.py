@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffeat import demo
+from diffeat import _workers, demo
 from diffeat.cli import main
 from shared_core.testing import CliResult
 
@@ -45,6 +45,7 @@ def test_demo_and_what_follows(run_cli: Run, monkeypatch: pytest.MonkeyPatch) ->
         namespace={"measured": 6, "__annotations__": {}},
     )
     with monkeypatch.context() as patch:
+        patch.setattr(_workers, "cores", lambda: 1)
         patch.setattr(demo, "DemoSettings", tiny)
         patch.setattr(
             dataclasses,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -15,8 +15,9 @@ from diffeat.filters import auto_candidates
 from diffeat.presets import build_topology
 from diffeat.probe import LinearProbe, cell_counts, nn_correspondence
 from diffeat.segmentation import lovasz_softmax
+from shared_core.testing import examples
 
-cases = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+cases = examples(15, suppress_health_check=list(HealthCheck))
 SD15 = build_topology("sd15")
 NAMES = [info.name for info in list_activations(SD15)]
 

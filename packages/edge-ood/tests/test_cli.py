@@ -74,6 +74,7 @@ def test_eval_from_logits_alone(run_cli):
     assert "AUROC %" in shown.stdout
 
 
+@pytest.mark.filterwarnings("default:mixed and the outliers")
 def test_train_score_calibrate_select(run_cli):
     pytest.importorskip("torchvision")
     from edge_ood.shapes import known_images, outlier_images, unknown_images
@@ -114,7 +115,22 @@ def test_train_score_calibrate_select(run_cli):
     with open("unknown/scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["sample"] == "new/0.png"
-    assert len(rows) == 20
+    # The same transform for both sets and every time; the authors' random one only if asked for.
+    scored = ["score", "--checkpoint", "run/best", "--input", "new", "--out", "again"]
+    for options in ([], ["--official-transforms"]):
+        shown = run_cli(main, *scored, *options)
+        assert shown.code == 0, shown.stderr
+        same = Path("again/scores.csv").read_text() == Path("unknown/scores.csv").read_text()
+        assert same == (not options)
+    # Outliers that the model was trained on say nothing about unknown images.
+    Path("mixed").mkdir()
+    for source, name in (("new/0.png", "0.png"), ("objects/3.png", "renamed.png")):
+        Path("mixed", name).write_bytes(Path(source).read_bytes())
+    scored = ["score", "--checkpoint", "run/best", "--input", "mixed", "--out", "mixed-out"]
+    shown = run_cli(main, *scored)
+    assert shown.code == 0, shown.stderr
+    assert "mixed and the outliers objects" in shown.stderr
+    assert "share 1 samples by sha1" in shown.stderr
     assert np.load("known/labels.npy").shape == np.load("known/logits.npy").shape == (40, 20)
     shown = run_cli(
         main,
@@ -171,7 +187,12 @@ def test_train_score_calibrate_select(run_cli):
     # The same image in both sets is refused before training.
     shown = run_cli(main, "train", "--id", "folder:train.csv", "--oe", ".", "--out", "again")
     assert shown.code == 2
-    assert "share 90 samples" in shown.stderr
+    assert "share 90 samples by path" in shown.stderr
+    Path("copies").mkdir()
+    Path("copies/1.png").write_bytes(Path("train7.png").read_bytes())
+    shown = run_cli(main, "train", "--id", "folder:train.csv", "--oe", "copies", "--out", "again")
+    assert shown.code == 2
+    assert "share 1 samples by sha1" in shown.stderr
     shown = run_cli(main, "train", "--id", "folder:train.csv", "--oe", "new", "--out", "run")
     assert shown.code == 2
     assert "--resume" in shown.stderr

@@ -63,6 +63,8 @@ def test_disjoint_sets(tmp_path):
         check_disjoint([str(tmp_path / "." / "1.bin")], files)
     with pytest.warns(UserWarning, match="share 3"):
         assert check_disjoint(files, files, on_overlap="warn") == 3
+    with pytest.raises(InputError, match="cannot be read"):
+        check_disjoint(files, [tmp_path / "none.bin"], "sha1")
     image = PIL.Image.new("RGB", (2, 2))
     other = PIL.Image.new("RGB", (4, 1))
     assert check_disjoint([image], [other], "sha1") == 0

@@ -28,8 +28,10 @@ def image(path, value=0, size=(12, 8)):
 
 
 def annotation(*objects):
+    # A person has parts with names and boxes of their own.
+    part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
     inner = "".join(
-        f"<object><name>{n}</name><difficult>{d}</difficult></object>" for n, d in objects
+        f"<object><name>{n}</name><difficult>{d}</difficult>{part}</object>" for n, d in objects
     )
     return f"<annotation>{inner}</annotation>"
 
@@ -109,6 +111,31 @@ def test_nuswide(tmp_path):
             NUSWideMultiLabel(
                 tmp_path / "TrainImagelist.txt", tmp_path / "TrainLabels.txt", tmp_path
             )
+
+
+def test_nuswide_as_published(tmp_path):
+    labels = tmp_path / "Groundtruth/TrainTestLabels"
+    for folder in (labels, tmp_path / "ImageList"):
+        folder.mkdir(parents=True)
+    for split in ("Train", "Test"):
+        names = "actor\\0001_1.jpg\nadobehouses\\0002_2.jpg\n"
+        (tmp_path / f"ImageList/{split}Imagelist.txt").write_text(names)
+        (labels / f"Labels_airport_{split}.txt").write_text("1\n0\n")
+        (labels / f"Labels_zebra_{split}.txt").write_text("1\n0\n" if split == "Test" else "0\n1\n")
+    data = load_id(f"nuswide:{tmp_path}")
+    assert data.class_names == ["airport", "zebra"]
+    assert data.targets.tolist() == [[1, 0], [0, 1]]
+    assert data.images[0] == tmp_path / "Flickr/actor/0001_1.jpg"
+    test = load_id(f"nuswide:{tmp_path}", "test")
+    assert test.targets.tolist() == [[1, 1]]
+    assert test.dropped == 1
+    (labels / "Labels_zebra_Train.txt").write_text("0 1\n1 0\n")
+    with pytest.raises(InputError, match="more than one number"):
+        load_id(f"nuswide:{tmp_path}")
+    for file in labels.glob("*_Test.txt"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"no Labels_<concept>_Test\.txt"):
+        load_id(f"nuswide:{tmp_path}", "test")
 
 
 @pytest.mark.smoke

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from edge_ood import EdgeLoss, EdgeSchedule, edge_loss, energy_gap, joint_energy
 from edge_ood.loss import tail_size
 from edge_ood.losses import AsymmetricLoss
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
 
 def sample(n, m, c, seed=0, dtype=torch.float64, scale=2.0):
@@ -97,7 +98,51 @@ def test_gradcheck(implementation, mask):
         options = {"gap_mask": mask, "gap_impl": implementation}
         return edge_loss(a, y, b, beta=1.0, k=0.5, margin=0.3, **options).loss
 
-    assert torch.autograd.gradcheck(value, (z.requires_grad_(), oe.requires_grad_()))
+    leaves = z.requires_grad_(), oe.requires_grad_()
+    assert torch.autograd.gradcheck(value, leaves)
+    assert torch.autograd.gradgradcheck(value, leaves)
+
+
+def by_formulas(monkeypatch, *arguments, **options):
+    """The loss that autograd follows step by step."""
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_ood.loss.can_use_closed_form", lambda *logits: False)
+        return edge_loss(*arguments, **options)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("implementation", ["pairwise", "sorted"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_the_closed_form_equals_the_formulas(implementation, dtype, monkeypatch):
+    for shape, scale in (((9, 7, 5), 2), ((1, 1, 1), 2), ((16, 30, 80), 100)):
+        z, y, oe = sample(*shape, dtype=dtype, scale=scale)
+        leaves = z.requires_grad_(), oe.requires_grad_()
+        options = {"beta": 0.8, "k": 0.4, "margin": 0.5, "gap_impl": implementation}
+        found = edge_loss(z, y, oe, **options)
+        expected = by_formulas(monkeypatch, z, y, oe, **options)
+        assert type(found.loss.grad_fn) is not type(expected.loss.grad_fn)
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other)
+        assert not any(value.requires_grad for value in (*found[1:4], found[5]))
+        # Twice, since the gradient is kept between the passes.
+        for _ in range(2):
+            gradients = torch.autograd.grad(3 * found.loss, leaves, retain_graph=True)
+            others = torch.autograd.grad(3 * expected.loss, leaves, retain_graph=True)
+            for gradient, other in zip(gradients, others, strict=True):
+                assert gradient.dtype == dtype
+                torch.testing.assert_close(gradient, other)
+        # One leaf alone, and its second derivative.
+        loss = edge_loss(z.detach(), y, oe, **options).loss
+        [gradient] = torch.autograd.grad(loss, oe, create_graph=True)
+        torch.testing.assert_close(gradient, others[1] / 3)
+        assert gradient.requires_grad
+
+
+def test_transforms_of_functions_see_the_formulas():
+    z, y, oe = sample(9, 7, 5)
+    expected = torch.autograd.grad(edge_loss(z.requires_grad_(), y, oe).loss, z)[0]
+    found = torch.func.grad(lambda z: edge_loss(z, y, oe).loss)(z.detach())
+    torch.testing.assert_close(found, expected)
 
 
 def test_limits():
@@ -158,7 +203,7 @@ def test_positives_raise_true_labels_only():
 
 
 @pytest.mark.smoke
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 40), st.floats(-2, 2))
 def test_sorted_equals_pairwise(seed, k, m, margin):
     g = torch.Generator().manual_seed(seed)
@@ -182,7 +227,7 @@ def test_large_gap_in_single_precision():
     )
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(0, 1000))
 def test_order_does_not_matter(seed):
     z, y, oe = sample(9, 7, 5, seed=seed)

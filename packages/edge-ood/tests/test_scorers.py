@@ -27,10 +27,11 @@ def formulas(row):
 
 @pytest.mark.smoke
 def test_every_score_equals_its_formula():
-    z = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 3
+    z = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).double() * 3
     for name, scorer in LOGIT_SCORERS.items():
         expected = [formulas(row)[name] for row in z.tolist()]
-        assert scorer().score(z).tolist() == pytest.approx(expected, rel=1e-5)
+        assert scorer().score(z).tolist() == pytest.approx(expected, rel=1e-12)
+        assert scorer().score(z.float()).tolist() == pytest.approx(expected, rel=1e-6)
         assert isinstance(scorer(), Scorer)
         assert scorer().fit(z).state() == {}
 

@@ -15,8 +15,9 @@ from edge_ood import OODDetector
 from edge_ood._shard import shard
 from edge_ood.datasets import MultiLabelImages, UnlabelledImages
 from edge_ood.presets import PRESETS
+from edge_ood.settings import TrainSettings
 from edge_ood.shapes import known_images, outlier_images
-from edge_ood.train import TrainSettings, train
+from edge_ood.train import train
 from shared_core.errors import InputError
 from shared_core.run import RunFolder
 from shared_core.testing import run_gloo

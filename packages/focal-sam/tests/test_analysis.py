@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian
@@ -27,6 +27,7 @@ from focal_sam.analysis import (
 )
 from shared_core.errors import InputError
 from shared_core.run import to_plain
+from shared_core.testing import examples
 
 # Forward-mode derivatives make torch import a module that scripts functions, once per process.
 pytestmark = pytest.mark.filterwarnings(
@@ -303,7 +304,7 @@ def test_one_parameter() -> None:
     assert result.top["0"] == result.bottom["0"] == pytest.approx([2.0])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(25)
 @given(
     values=st.lists(st.floats(-10, 10).map(lambda v: round(v, 3)), min_size=2, max_size=12),
     k=st.integers(1, 3),

@@ -4,7 +4,7 @@ from decimal import Decimal, localcontext
 import jaxtyping
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -18,9 +18,10 @@ from focal_sam.losses import (
     class_balanced_weights,
 )
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
 COUNTS = [500, 97, 20, 5]
-repeatable = settings(deadline=None, max_examples=60, derandomize=True)
+repeatable = examples(60)
 cross_entropy = nn.CrossEntropyLoss(reduction="none")
 
 with_labels = {

@@ -5,13 +5,14 @@ import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from focal_sam.losses import LDAMLoss
 from focal_sam.models import NormedLinear, create_model, mlp, resnet32_cifar, small_cnn
 from shared_core.errors import InputError, MissingExtraError
+from shared_core.testing import examples
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_normed_linear_gradients() -> None:
     assert torch.autograd.gradcheck(logits, (features, head.weight))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@examples(20)
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.integers(0, 100))
 def test_normed_linear_ignores_lengths(longer: float, heavier: float, seed: int) -> None:
     torch.manual_seed(seed)

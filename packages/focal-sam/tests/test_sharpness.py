@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from focal_sam import SAM, FocalSAM, FocalWeights, SharpnessMethod
 from focal_sam.losses import LogitAdjustedLoss, VSLoss
+from shared_core.testing import examples
 
 COUNTS = [50, 12, 3]
 Reference = Callable[..., dict[str, Tensor]]
@@ -267,7 +268,7 @@ def test_gradients_of_uniform_weights_accumulate_too(lam: float) -> None:
     assert_equal_gradients(model, once)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@examples(10)
 @given(
     rho=st.floats(1e-3, 2.0),
     gamma=st.floats(0.5, 6),

@@ -7,13 +7,14 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from focal_sam.weights import ClassWeights, FocalWeights, suggest_gamma, tail_weights
 from shared_core.data.long_tail import long_tail_counts
 from shared_core.errors import InputError
+from shared_core.testing import examples
 
 CIFAR10_LT = long_tail_counts(5000, 10, imbalance_ratio=100)
 CIFAR100_LT = long_tail_counts(500, 100, imbalance_ratio=100)
@@ -30,7 +31,7 @@ INATURALIST = counts_between(1000, 2, 8142, 437513)
 
 a_count = st.integers(1, 5000)
 some_counts = st.lists(a_count, min_size=2, max_size=20)
-repeatable = settings(deadline=None, max_examples=100, derandomize=True)
+repeatable = examples(100)
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gmsa.merging import as_rates, compact_rows, group_merge, num_groups
+from shared_core.testing import examples
 
 pytestmark = pytest.mark.smoke
 
@@ -19,7 +20,7 @@ def by_hand(row: Tensor, r: int) -> Tensor:
     return torch.stack([row[j : j + r].mean(0) for j in range(0, len(row), r)])
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.integers(1, 13), st.integers(1, 16), st.integers(0, 2**16))
 def test_full_rows_are_means_of_groups(n: int, r: int, seed: int) -> None:
     hidden = torch.randn(2, n, 3, dtype=torch.float64, generator=torch.manual_seed(seed))
@@ -36,7 +37,7 @@ def test_full_rows_are_means_of_groups(n: int, r: int, seed: int) -> None:
         torch.testing.assert_close(merged, oracle)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4), st.data())
 def test_ragged_rows_with_holes_and_rates_of_their_own(
     pattern: list[list[bool]], data: st.DataObject

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from internet_neg import InterNegConfig, InterNegDetector, InterNegError, OpenClipEncoder
 from internet_neg._features import features_in_parts, text_features
-from internet_neg._parallel import own_share, process_group
+from internet_neg._parallel import own_share
 from internet_neg.cli import main
 from internet_neg.mini_clip import build_mini_clip, save_mini_clip
 from internet_neg.proxies import embed_images
@@ -93,11 +93,6 @@ def test_embedded_words_serve_other_classes_too(
     before = len(list(tmp_path.iterdir()))
     assert words_of(["ring", "moon"]) == set(WORDS) - {"ring", "moon"}
     assert len(list(tmp_path.iterdir())) == before + 1  # the class names
-
-
-def test_without_a_launcher_one_process_reports() -> None:
-    with process_group(torch.device("cpu")) as reports:
-        assert reports
 
 
 def _two_ranks(rank: int, world: int, folder: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from internet_neg import (
@@ -19,6 +19,7 @@ from internet_neg import (
     select_negatives,
 )
 from shared_core.device import peak_memory
+from shared_core.testing import examples
 
 Unit = Callable[..., Tensor]
 
@@ -92,7 +93,7 @@ def test_ties_are_decided_by_the_vocabulary(unit: Unit) -> None:
     assert noun.tolist() == [0, 1, 2]
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(chunk=st.integers(1, 70), seed=st.integers(0, 1000))
 def test_chunks_and_rotations_change_nothing(chunk: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

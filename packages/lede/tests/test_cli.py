@@ -80,6 +80,32 @@ def test_from_prompts_to_a_policy_to_text(
         assert all((tmp_path / folder / f"{name}.png").is_file() for name in names)
 
 
+def test_compiled_commands(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """What is compiled is asked for; here it stays as it is, which `test_compiled` does not."""
+    import torch
+
+    asked = []
+
+    def compile(function: Any, **options: Any) -> Any:
+        asked.append(options["backend"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w1 w2 w3\nw4 w5 w6\n")
+    where = ("--model", model, "--exit-layers", 3, "--max-draft", 1, "--device", "cpu")
+    short = ("--max-new-tokens", 6, "--repeats", 1, "--out", tmp_path / "b", "--no-plots")
+    told = run(capsys, "bench", prompts, *where, *short, "--compile")
+    assert told["lossless"]
+    assert told["policies"]["our loop, no drafts"]["over_no_drafts"] == 1.0
+    assert asked == ["inductor"] * 6  # a walk, two verifications, a plain step, two heads
+    text = ("generate", "w1 w2 w3", *where, "--max-new-tokens", 6)
+    assert run(capsys, *text, "--compile")["text"] == run(capsys, *text)["text"]
+    assert len(asked) > 6
+
+
 def test_train_exit_resumes(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,12 +64,12 @@ def policies(table: ExperienceTable) -> Sequence[lede.Policy]:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_replay_equals_decoding_round_for_round(family: str) -> None:
-    """For the learned policy in all its modes and for every baseline."""
+    """For the learned policy in all its modes and every baseline; of Gemma for a part of them."""
     decoder, ids, mask, table = fresh(family)
-    for policy in policies(table):
-        told = lede.simulate(table, policy, COST).log
+    for policy in policies(table)[:: 1 if family == "llama" else 3]:
+        told = [r for r in lede.simulate(table, policy, COST).log if r.row < 2]
         real = []
-        for row in range(len(ids)):
+        for row in range(2):  # a whole prompt and a padded one
             out = decoder.generate(
                 ids[row : row + 1, mask[row] > 0], policy=policy, max_new_tokens=30, pad_token_id=0
             )

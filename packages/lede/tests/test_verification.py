@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import lede
-from lede import SelfSpeculativeDecoder
+from lede import LayerRunner, SelfSpeculativeDecoder
+from lede._rounds import Rounds
 from lede.features import confidence_features
 from lede.qpolicy import PROBE_STATE
 from lede.testing import tiny_model
@@ -75,11 +76,12 @@ SAMPLED: dict[str, Any] = {
     "del": lambda: lede.DELPolicy(0.3),
     "autoregressive": lede.AutoregressivePolicy,
     "q": lambda: _random_q(),
-    "probe": lambda: _random_q(probe=True),
+    "probe": lambda: _random_q(probe=8),
+    "probe_of_tables": lambda: _random_q(probe=9),
 }
 
 
-def _random_q(*, probe: bool = False) -> lede.QPolicy:
+def _random_q(*, probe: int = 0) -> lede.QPolicy:
     generator = np.random.default_rng(0)
     spec = lede.StateSpec(PROBE_STATE) if probe else lede.StateSpec()
     width = len(spec.names)
@@ -87,7 +89,7 @@ def _random_q(*, probe: bool = False) -> lede.QPolicy:
     weights = {k: generator.normal(size=s) for k, s in shapes.items()}
     weights["w3"] *= 0.2
     weights["b3"][[3, 7]] = -10.0  # the advantage of stopping: lean towards drafting
-    eye = {"w1": (2, 8, 4), "b1": (2, 4), "w2": (2, 4, 2), "b2": (2, 2)}
+    eye = {"w1": (2, probe, 4), "b1": (2, 4), "w2": (2, 4, 2), "b2": (2, 2)}
     seen = lede.AcceptanceProbe({k: generator.normal(size=s) for k, s in eye.items()})
     return lede.QPolicy(weights, (1, 2), 3, 3, spec, probe=seen if probe else None)
 
@@ -148,6 +150,90 @@ def test_sampled_generation_has_the_models_joint_marginals(
     # A multinomial count is off its mean by sqrt(2 n p (1 - p) / pi) on average.
     noise = (2 * expected * (1 - expected) / (torch.pi * rows)).sqrt().sum() / 2
     assert (found / rows - expected).abs().sum() / 2 < 1.5 * noise
+
+
+class Tables(LayerRunner):
+    """A model whose exits are tables of logits by the last token: what is slow here is sampling."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(3, 8, 8, generator=generator)
+        self.tables = 1.5 * noise[2] + torch.tensor([1.0, 0.6, 0.0])[:, None, None] * noise
+        self.depth = 3
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def frame(self, starts: Any, width: int, padding: Any, cache: Any) -> Any:
+        return None
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(ids[..., None].float(), (0, 8))
+
+    def run(self, hidden: torch.Tensor, first: int, last: int, frame: Any, cache: Any) -> Any:
+        ids = hidden[..., :1]
+        return torch.cat([ids, self.tables[last - 1][ids[..., 0].long()]], -1)
+
+    def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def head(self, normed: torch.Tensor) -> torch.Tensor:
+        return normed[..., 1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "top"),
+    [
+        ("static", 1.0, 8),
+        ("confidence", 1.5, 4),
+        ("confidence_exit", 1.0, 8),
+        ("draft_verify", 0.3, 8),
+        ("del", 1.0, 8),
+        ("autoregressive", 1.0, 8),
+        ("q", 1.5, 5),
+        ("probe_of_tables", 1.0, 8),
+    ],
+)
+def test_joint_marginals_of_200_000_rows(name: str, temperature: float, top: int) -> None:
+    """One, two and three tokens: chi-square and total variation against the exact chain."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+
+    rows, runner, policy = 200_000, Tables(), SAMPLED[name]()
+    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top)])
+    rounds = Rounds(
+        runner,
+        policy,
+        (1, 2),
+        3,
+        torch.ones(rows, 1, dtype=torch.long),
+        np.zeros(rows, dtype=np.int64),
+        4,
+        sample=True,
+        processors=processors,
+        generator=torch.Generator().manual_seed(0),
+        min_active=0.0,
+    )
+    while not rounds.done.all():
+        rounds.step()
+    drafted = rounds.tokens_made - sum(map(len, rounds._told))  # accepted ones: a round adds one
+    assert drafted == 0 if policy.autoregressive else drafted > rows / 10
+    step = torch.softmax(processors(torch.zeros(8, 1, dtype=torch.long), runner.tables[2]), -1)
+    exact = step[1][:, None, None] * step[:, :, None] * step[None]
+    found = torch.zeros(8, 8, 8)
+    found.index_put_(tuple(torch.from_numpy(rounds.tokens[:, 1:].T)), torch.ones(rows), True)
+    for p, n in (
+        (exact, found),
+        (exact.sum(2), found.sum(2)),
+        (exact.sum((1, 2)), found.sum((1, 2))),
+    ):
+        assert n[p == 0].sum() == 0
+        common = p * rows >= 5
+        chi = ((n - p * rows)[common] ** 2 / (p * rows)[common]).sum().item()
+        degrees = int(common.sum())
+        assert chi < degrees + 4.5 * (2 * degrees) ** 0.5 + 5
+        noise = (2 * p * (1 - p) / (torch.pi * rows)).sqrt().sum() / 2
+        assert (n / rows - p).abs().sum() / 2 < 1.7 * noise + 1e-4
 
 
 def test_features_of_extreme_logits() -> None:

@@ -70,6 +70,30 @@ def test_without_pairs_it_is_zero_with_a_zero_gradient(positive) -> None:
     assert bool((weight.grad == 0).all())
 
 
+@pytest.mark.parametrize("surrogate", PAIR)
+def test_what_is_no_pair_cannot_overflow(surrogate) -> None:
+    # Between positives the difference is 2000, whose exponential is infinite.
+    scores = torch.tensor([1000.0, -1000.0, -1001.0], requires_grad=True)
+    loss = gated_pairwise_auc_loss(
+        scores, torch.tensor([True, True, False]), surrogate=surrogate, margin=1.0
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert scores.grad.isfinite().all()
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_nothing_waits() -> None:
+    scores, positive, weight = (x.detach().cuda() for x in case())
+    scores.requires_grad_()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gated_pairwise_auc_loss(scores, positive, weight).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 @pytest.mark.usefixtures("without_type_checks")
 def test_bad_input() -> None:
     scores, positive, weight = case()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from openworld_auc import GMoP, GMoPConfig, GMoPTrainer
+from openworld_auc import GatedPairwiseAUCLoss, GMoP, GMoPConfig, GMoPTrainer
 from openworld_auc import _parallel as parallel
 from openworld_auc.backbone import OpenClipBackbone
 from openworld_auc.cli import main
@@ -45,6 +45,18 @@ def images(n):
     return [(torch.randn(3, 32, 32, generator=g), i % 3) for i in range(n)]
 
 
+def pairs():
+    """Scores and gates that one weight each makes, as double precision."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(11, 2, generator=g, dtype=torch.float64)
+    return x, torch.arange(11) % 3 == 0, torch.ones(2, dtype=torch.float64, requires_grad=True)
+
+
+def joint_loss(x, positive, weights, surrogate, **options):
+    s, w = (x * weights).unbind(1)
+    return GatedPairwiseAUCLoss(surrogate, **options)(s, positive, w.sigmoid())
+
+
 def in_processes(rank, world, folder, argv):
     rows = torch.arange(7.0)[:, None][parallel.share(7)].requires_grad_()
     assert parallel.gather(rows, 7).flatten().tolist() == list(range(7))
@@ -53,6 +65,20 @@ def in_processes(rank, world, folder, argv):
     (3 * parallel.gather(alone[parallel.share(1)], 1)).sum().backward()
     parallel.sum_gradients([alone])
     assert alone.grad.tolist() == [[3.0, 3.0]]
+    # Pairs across processes, of which the second has no positive or nothing at all; the mean of
+    # the gradients, as DistributedDataParallel takes it, is the gradient of the joint batch.
+    x, positive, weights = pairs()
+    for cut in (10, 11, 4):
+        mine = slice(0, cut) if rank == 0 else slice(cut, 11)
+        for surrogate in ("square", "logistic"):
+            [expected] = torch.autograd.grad(joint_loss(x, positive, weights, surrogate), [weights])
+            loss = joint_loss(x[mine], positive[mine], weights, surrogate, sync=True)
+            assert loss.item() == pytest.approx(
+                joint_loss(x, positive, weights, surrogate).item(), rel=1e-12
+            )
+            [gradient] = torch.autograd.grad(loss, [weights])
+            dist.all_reduce(gradient)
+            assert torch.allclose(gradient / world, expected, rtol=1e-12)
     backbone = tiny_clip()
     encoded = []
     encode = backbone.encode_prompt_embeds

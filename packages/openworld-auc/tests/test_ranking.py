@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from openworld_auc import openworld_auc, openworld_auc_score, openworld_curve
 from openworld_auc._checks import check_samples
 from openworld_auc.ranking import placements
+from shared_core.testing import examples
 
 
 @pytest.mark.smoke
@@ -98,11 +99,7 @@ def test_the_ratio_of_domains_does_not_matter(tools) -> None:
         assert abs(float(openworld_auc(*repeated)) - float(openworld_auc(*case))) < 1e-15
 
 
-@settings(
-    deadline=None,
-    max_examples=60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), levels=st.sampled_from([None, 2, 4]))
 def test_the_curve_has_the_area(tools, seed, levels) -> None:
     case = tools.case(seed, levels=levels)

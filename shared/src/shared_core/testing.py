@@ -87,6 +87,28 @@ def run_cli(
     return call
 
 
+def examples(count: int, **options: Any) -> Any:
+    """Settings for a property: so many examples, the same in every run.
+
+    ``TENFOLD_FUZZ=20`` in the environment (the session ``nox -s fuzz``) makes it twenty times as
+    many, and new ones in each run.
+
+    Args:
+        count: Examples of an ordinary run.
+        options: More of ``hypothesis.settings``.
+
+    Example:
+        >>> examples(30).max_examples
+        30
+    """
+    from hypothesis import settings
+
+    times = int(os.environ.get("TENFOLD_FUZZ", "1"))
+    return settings(
+        **{"deadline": None, "derandomize": times == 1, **options}, max_examples=times * count
+    )
+
+
 def _gloo_entry(
     rank: int, world: int, store: str, errors: str, target: Callable[..., None], args: Any
 ) -> None:

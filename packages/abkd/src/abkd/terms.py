@@ -166,9 +166,11 @@ def _series(d: Tensor, s: float | Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def _difference(lq: Tensor, lp: Tensor) -> Tensor:
-    """Lp - lq, and 0 where both are -inf: a class that neither has contributes nothing."""
-    inf = math.inf
-    return (lp - lq).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
+    """Lp - lq, and 0 where both are -inf: a class that neither has contributes nothing.
+
+    NaN stays NaN: a teacher that has overflowed must not look like one that agrees.
+    """
+    return (lp - lq).masked_fill_(lp == lq, 0.0)
 
 
 def _times(mass: Tensor, log: Tensor) -> Tensor:

@@ -1,19 +1,15 @@
 """A distillation run in a folder: load, train, save, and go on after an interruption."""
 
 import contextlib
-import hashlib
-import json
 import sys
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from abkd.presets import get_preset
+from shared_core.checkpoints import checkpoint_to_resume, whole_checkpoint_marker
 from shared_core.errors import InputError
-from shared_core.run import RunFolder, write_json
+from shared_core.run import RunFolder
 
 if TYPE_CHECKING:
     from abkd.trainer import DistillationConfig
@@ -26,8 +22,6 @@ __all__ = [
     "train",
     "trainer_arguments",
 ]
-
-MARK = "complete.json"
 
 
 @dataclass(frozen=True)
@@ -247,15 +241,7 @@ def train(
 
     from abkd.trainer import DistillationTrainer
 
-    checkpoints = out / "checkpoints"
-    found = list(checkpoints.glob("checkpoint-*"))
-    if found and not resume:
-        raise InputError(
-            f"{out} holds the checkpoints of an earlier run; continue it with --resume, or choose "
-            "another --out"
-        )
-    if found:
-        _check_same(settings, out)
+    last = checkpoint_to_resume(out, asdict(settings), resume=resume)
     run = RunFolder(out, resume=resume)
     run.write_config("abkd train", asdict(settings), distributions=["abkd", "transformers"])
     student = load_causal_lm(settings.student)
@@ -264,7 +250,7 @@ def train(
     theirs = load_tokenizer(settings.teacher) if settings.teacher else None
     args = trainer_arguments(
         settings,
-        checkpoints,
+        out / "checkpoints",
         device,
         logging_steps=1,
         save_strategy="steps",
@@ -283,9 +269,8 @@ def train(
         teacher_processing_class=theirs,
         peft_config=_lora(settings.lora_r),
         pretrain_dataset=plain,
-        callbacks=[_mark_whole(transformers.TrainerCallback)],
+        callbacks=[whole_checkpoint_marker(transformers.TrainerCallback)],
     )
-    last = _last_intact(found)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log lines to stdout
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.save_model(str(out / "student"))
@@ -316,64 +301,3 @@ def _lora(rank: int) -> Any:
     except ImportError as error:
         raise MissingExtraError("abkd", "lora", "peft") from error
     return LoraConfig(r=rank, lora_alpha=4 * rank, lora_dropout=0.1, task_type="CAUSAL_LM")
-
-
-def _check_same(settings: TrainSettings, out: Path) -> None:
-    try:
-        earlier = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{out}/config.json cannot be read; choose another --out") from error
-    for name, value in asdict(settings).items():
-        if earlier.get(name) != value:
-            raise InputError(
-                f"--resume with {name}={value!r}, but the run in {out} has "
-                f"{name}={earlier.get(name)!r}; give the same settings, or choose another --out"
-            )
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """The BLAKE2 digest of every file of a checkpoint but the mark."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARK):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "blake2b")
-        found[path.relative_to(folder).as_posix()] = digest.hexdigest()[:32]
-    return found
-
-
-def _last_intact(found: list[Path]) -> Path | None:
-    """The latest checkpoint that is whole and unchanged; ``None`` if none was ever whole."""
-    whole = sorted(
-        (path for path in found if (path / MARK).is_file()),
-        key=lambda path: int(path.name.split("-")[1]),
-        reverse=True,
-    )
-    for path in whole:
-        try:
-            expected = json.loads((path / MARK).read_text(encoding="utf-8"))["files"]
-            if expected == _digests(path):
-                return path
-        except (OSError, ValueError, KeyError):
-            pass
-        warnings.warn(f"{path} is damaged and passed over", stacklevel=2)
-    if whole:
-        raise InputError(
-            f"all checkpoints in {whole[0].parent} are damaged; delete them to start again, or "
-            "choose another --out"
-        )
-    return None
-
-
-def _mark_whole(base: type) -> Any:
-    """A callback that marks checkpoints which all processes have written to the end."""
-
-    class MarkWhole(base):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            del control, kwargs
-            if args.world_size > 1:
-                torch.distributed.barrier()
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if state.is_world_process_zero and folder.is_dir():
-                write_json(folder / MARK, {"step": state.global_step, "files": _digests(folder)})
-
-    return MarkWhole()

@@ -5,6 +5,7 @@ Beside them: `bridge_garden.trainer` on transformers, `bridge_garden.ledger`, `b
 `bridge_garden.presets`.
 """
 
+from bridge_garden.annotate import Annotation, annotate
 from bridge_garden.exposure import ExposureReport, exposure_bias, exposure_from_losses
 from bridge_garden.hybrid import HybridOutput, fused_hybrid_loss, hybrid_loss
 from bridge_garden.kappa import Decomposition, Split, exact_decomposition, exact_kappa, split
@@ -24,6 +25,7 @@ from bridge_garden.weights import (
 )
 
 __all__ = [
+    "Annotation",
     "Confidence",
     "Curriculum",
     "Decomposition",
@@ -39,6 +41,7 @@ __all__ = [
     "StepInfo",
     "Weight",
     "WeightedSoftLabels",
+    "annotate",
     "exact_decomposition",
     "exact_kappa",
     "exposure_bias",

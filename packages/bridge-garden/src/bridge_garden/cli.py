@@ -18,7 +18,6 @@ from shared_core.cli import (
     format_table,
     new_app,
     run_app,
-    say,
     show_result,
 )
 from shared_core.errors import InputError
@@ -43,7 +42,8 @@ def demo(
         str | None,
         typer.Option(
             "--methods",
-            help="Some of soft,hard,static,confidence,entropy,curriculum,risk, by commas.",
+            help="By commas, some of soft,hard,sampled,static,confidence,entropy,curriculum,risk,"
+            "rkl,jsd,on-policy.",
         ),
     ] = None,
     out: Out = None,
@@ -58,57 +58,19 @@ def demo(
     Nothing is downloaded. The students are tiny, so this always runs on the CPU. About two minutes;
     --quick takes two seeds and four methods.
     """
-    import time
-    from dataclasses import asdict
-
     from bridge_garden import demo as the_demo
-    from bridge_garden.ledger import Ledger
-    from shared_core.run import RunFolder, progress
+    from shared_core.run import RunFolder
 
     if device not in ("auto", "cpu"):
         raise InputError(f"--device {device}: the demo's students are tiny and run on the cpu")
-    default = the_demo.QUICK if quick else the_demo.DEFAULT
-    names = list(default)
+    names = list(the_demo.QUICK if quick else the_demo.DEFAULT)
     if methods is not None:
         names = [m.strip() for m in methods.split(",") if m.strip()]
-    settings = the_demo.DemoSettings()
-    count = min(seeds, 2) if quick else seeds
     run = RunFolder(out or Path("runs/bridge-garden/demo"))
-    run.write_config(
-        "bridge-garden demo",
-        {"seed": seed, "seeds": count, "methods": names, **asdict(settings)},
-        distributions=["bridge-garden", "abkd"],
+    metrics, pictures = the_demo.run_demo(
+        run, names, range(seed, seed + (min(seeds, 2) if quick else seeds)), plots=plots
     )
-    started = time.perf_counter()
-    results = []
-    with progress(total=count * len(names), description="students", unit="student") as bar:
-        for one in range(seed, seed + count):
-            found = the_demo.run_seed(one, names, settings, progress=lambda _: bar.update())
-            results.append(found)
-            for name, result in found.items():
-                run.log(step=one, method=name, **result.exposure.to_dict())
-    say("exact κ")
-    picture = the_demo.kappa_picture(seed)
-    entropy = the_demo.garden_entropy(Ledger(rounds=settings.rounds))
-    summary = the_demo.summarize(results)
-    rows, message = the_demo.table(summary), the_demo.tell(summary, entropy)
-    pictures = []
-    if plots:
-        say("drawing")
-        for name, figure in the_demo.figures(results, picture, entropy).items():
-            pictures.append(run.save_figure(name, figure).name)
-    metrics = {
-        "methods": summary,
-        "teacher_garden_entropy": entropy,
-        "kappa": asdict(picture),
-        "seeds": list(range(seed, seed + count)),
-        "summary": {
-            "message": message,
-            "rows": rows,
-            "picture": "comparison.png" if plots else None,
-        },
-    }
-    run.write_metrics(metrics, timing={"seconds": time.perf_counter() - started})
+    rows, message = metrics["summary"]["rows"], metrics["summary"]["message"]
     text = f"{format_table(rows)}\n\n{message}\n\n{run.path}: metrics.json"
     show_result(metrics, ", ".join([text, *pictures]), as_json=as_json)
 
@@ -144,6 +106,19 @@ def train(
     risk_alpha: Annotated[
         float | None, typer.Option("--risk-alpha", help="α of the risk-guided hard label.")
     ] = None,
+    nonfinite: Annotated[
+        str | None,
+        typer.Option("--nonfinite", help="raise, or skip and count micro-batches without a loss."),
+    ] = None,
+    on_policy_fraction: Annotated[
+        float | None,
+        typer.Option(
+            "--on-policy-fraction", help="Micro-batches with responses of the student's own."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="Length of such a response.", min=1)
+    ] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")] = None,
     max_steps: Annotated[
@@ -175,14 +150,15 @@ def train(
 ) -> None:
     """Distil a teacher into a student with the hybrid loss, on your data.
 
-    Options override the preset. Several GPUs: accelerate launch -m bridge_garden.cli train …
+    Options override the preset. Several GPUs: accelerate launch --config_file FILE -m
+    bridge_garden.cli train …, with a file of bridge-garden presets --launch. Without --teacher,
+    --data is a folder that bridge-garden capture wrote.
 
     Example: bridge-garden train --teacher T --student S --data rows.jsonl --weight confidence
     """
     from dataclasses import asdict
 
-    from bridge_garden.presets import get_preset
-    from bridge_garden.train import TrainSettings
+    from bridge_garden.train import plan_training
     from bridge_garden.train import train as run_training
     from shared_core.device import select_device
     from shared_core.run import RunFolder
@@ -196,6 +172,9 @@ def train(
         "hard_labels": hard_labels,
         "divergence": divergence,
         "risk_alpha": risk_alpha,
+        "nonfinite": nonfinite,
+        "on_policy_fraction": on_policy_fraction,
+        "max_new_tokens": max_new_tokens,
         "lr": lr,
         "epochs": epochs,
         "max_steps": max_steps,
@@ -208,17 +187,7 @@ def train(
         "save_steps": save_steps,
         "seed": seed,
     }
-    assumed: tuple[str, ...] = ()
-    if preset is not None:
-        found = get_preset(preset)
-        assumed = found.assumed
-        if dry_run and data is None:
-            changes["data"] = "(not stated by the paper: pass --data)"
-        settings = TrainSettings.from_preset(found, **changes)
-    else:
-        given = {"teacher": "", "student": "", "data": ""}
-        given.update({k: v for k, v in changes.items() if v is not None})
-        settings = TrainSettings(**given)  # type: ignore[arg-type]
+    settings, assumed = plan_training(preset, changes, dry_run=dry_run)
     if dry_run:
         plan = {**asdict(settings), "assumed": list(assumed)}
         lines = [f"{k:>24}  {v}" for k, v in asdict(settings).items()]
@@ -232,16 +201,6 @@ def train(
     metrics = run_training(settings, run, chosen, resume=resume)
     rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()}]
     show_result(metrics, f"{format_table(rows)}\n\n{run.path}/student", as_json=as_json)
-
-
-def _pair(student: str, teacher: str, device: str, dtype: str) -> tuple[Any, Any, Any, Any]:
-    from bridge_garden.models import load_model, load_tokenizer
-    from shared_core.device import select_device, select_dtype
-
-    chosen = select_device(device)
-    kind = select_dtype(dtype, chosen)
-    tokenizer = load_tokenizer(student)
-    return load_model(student, chosen, kind), load_model(teacher, chosen, kind), tokenizer, chosen
 
 
 @command(app)
@@ -271,17 +230,16 @@ def exposure(
     """Split a student's error into training fit and exposure bias, from rollouts of both models."""
     import abkd
     from bridge_garden.exposure import exposure_bias
-    from bridge_garden.models import encode, read_rows
+    from bridge_garden.models import encode, load_pair, prompt_of, read_rows
     from bridge_garden.plots import plot_positions
     from shared_core.run import RunFolder
 
     rows = read_rows(data, limit=prompts)
-    s, t, tokenizer, chosen = _pair(student, teacher, device, dtype)
-    texts = [next((str(r[k]) for k in ("prompt", "question", "text") if k in r), "") for r in rows]
+    s, t, tokenizer, chosen = load_pair(student, teacher, device, dtype)
     report = exposure_bias(
         s,
         t,
-        [encode(tokenizer, text) for text in texts],
+        [encode(tokenizer, prompt_of(row)) for row in rows],
         max_new_tokens=max_new_tokens,
         n_rollouts=n_rollouts,
         divergence=divergence,
@@ -332,15 +290,13 @@ def kappa(
     as_json: Json = False,
 ) -> None:
     """Colour the tokens of a text by κ, what a wrong token there costs later, and by λ."""
-    import html
-
     import abkd
     from bridge_garden.kappa_mc import kappa_mc
-    from bridge_garden.models import encode
-    from bridge_garden.plots import plot_strip, strip_html
-    from shared_core.run import RunFolder, atomic_path
+    from bridge_garden.models import encode, load_pair
+    from bridge_garden.plots import save_strip
+    from shared_core.run import RunFolder
 
-    s, t, tokenizer, chosen = _pair(student, teacher, device, dtype)
+    s, t, tokenizer, chosen = load_pair(student, teacher, device, dtype)
     ids = encode(tokenizer, text)
     found = kappa_mc(
         s,
@@ -366,11 +322,8 @@ def kappa(
     )
     metrics = {"tokens": tokens, "ids": ids, "positions": [e.to_dict() for e in found]}
     run.write_metrics(metrics)
-    run.save_figure("kappa", plot_strip(tokens, scores, "bridge score: mean κ of the alternatives"))
-    run.save_figure("weight", plot_strip(tokens, weights, "λ = 1 - max π_T"))
-    with atomic_path(run.path / "kappa.html") as temporary:
-        page = strip_html([html.escape(token) for token in tokens], scores)
-        temporary.write_text(page, encoding="utf-8")
+    save_strip(run, "kappa", tokens, scores, "bridge score: mean κ of the alternatives")
+    save_strip(run, "weight", tokens, weights, "λ = 1 - max π_T")
     rows = [
         {"position": e.position, "token": repr(tokens[e.position])}
         | {"score": f"{e.score:.3f}", "λ": f"{e.weight:.3f}"}
@@ -378,6 +331,203 @@ def kappa(
     ]
     text_out = f"{format_table(rows)}\n\n{run.path}: kappa.png, weight.png, kappa.html"
     show_result(metrics, text_out, as_json=as_json)
+
+
+@command(app)
+def annotate(
+    text: Annotated[str | None, typer.Argument(help="The text; by default a sentence.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", help="Hub id or folder; by default a small one is trained here."),
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option("--student", help="For wsl, whose λ looks at the student.")
+    ] = None,
+    weight: Annotated[
+        str, typer.Option("--weight", help="λ; as in bridge-garden train.")
+    ] = "confidence",
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Colour the tokens of a text by λ: bridges pale (hard labels), gardens dark (soft labels).
+
+    Without --teacher, a Llama of two layers is first trained on Python's documentation, which
+    takes about half a minute and downloads nothing.
+    """
+    from bridge_garden.annotate import annotate as weights_of
+    from bridge_garden.models import encode, load_model, load_tokenizer
+    from bridge_garden.plots import save_strip
+    from bridge_garden.small_teacher import SENTENCE, small_teacher
+    from bridge_garden.weights import weight_from_string
+    from shared_core.device import select_device, select_dtype
+    from shared_core.run import RunFolder
+
+    chosen = select_device(device)
+    kind = select_dtype(dtype, chosen)
+    found_weight = weight_from_string(weight)
+    if teacher is None:
+        model, tokenizer = small_teacher(seed=seed)
+        model = model.to(chosen)
+    else:
+        model, tokenizer = load_model(teacher, chosen, kind), load_tokenizer(teacher)
+    other = None if student is None else load_model(student, chosen, kind)
+    text = text or SENTENCE
+    ids = encode(tokenizer, text)
+    found = weights_of(model, ids, student=other, weight=found_weight, device=chosen)
+    run = RunFolder(out or Path("runs/bridge-garden/annotate"))
+    run.write_config(
+        "bridge-garden annotate",
+        {"text": text, "teacher": teacher, "student": student, "weight": weight, "seed": seed},
+        distributions=["bridge-garden", "transformers"],
+    )
+    tokens = [tokenizer.decode([i]) for i in ids]
+    metrics = {"tokens": tokens, "weight": weight, "positions": found.to_dict()}
+    run.write_metrics(metrics)
+    save_strip(run, "annotate", tokens, [math.nan, *found.weight], f"λ ({weight})")
+    rows = [
+        {"token": repr(tokens[i + 1]), "λ": f"{lam:.3f}"}
+        | {"teacher's token": repr(tokenizer.decode([found.argmax[i]]))}
+        | {"its probability": f"{found.max_prob[i]:.3f}"}
+        for i, lam in enumerate(found.weight)
+    ]
+    text_out = f"{format_table(rows)}\n\n{run.path}: annotate.png, annotate.html"
+    show_result(metrics, text_out, as_json=as_json)
+
+
+@command(app)
+def capture(
+    teacher: Teacher,
+    data: Annotated[str, typer.Option("--data", help="As in bridge-garden train.")],
+    k: Annotated[int, typer.Option("--k", help="Tokens to keep at each position.", min=1)] = 64,
+    max_length: Annotated[
+        int, typer.Option("--max-length", help="Longer rows are cut.", min=2)
+    ] = 2048,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at once.", min=1)] = 8,
+    dtype: Dtype = "auto",
+    resume: Resume = False,
+    out: Out = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write down a teacher's most probable tokens, to train from without it.
+
+    Then: bridge-garden train --student … --data FOLDER, without --teacher.
+    """
+    import abkd
+    from abkd.capture import capture_topk
+    from abkd.data import tokenize_dataset
+    from bridge_garden.models import load_model, load_tokenizer, read_rows
+    from shared_core.device import select_device, select_dtype
+
+    chosen = select_device(device)
+    rows = read_rows(data)
+    tokenizer = load_tokenizer(teacher)
+    model = load_model(teacher, chosen, select_dtype(dtype, chosen))
+    vocab = abkd.align_vocab(model, model, tokenizer)
+    folder = out or Path("runs/bridge-garden/capture")
+    tokenized = tokenize_dataset(rows, tokenizer, max_length)
+    count = capture_topk(
+        model, tokenized, folder, k=k, vocab=vocab, batch_size=batch_size, resume=resume
+    )
+    told = f"{count} rows with the top {k} of {vocab} tokens: {folder}"
+    show_result({"out": str(folder), "rows": count, "k": k, "vocab": vocab}, told, as_json=as_json)
+
+
+@command(app)
+def evaluate(
+    model: Annotated[str, typer.Option("--model", help="Hub id or folder of the model.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", help="A .jsonl with question and answer (or prompt, completion), or a hub id."
+        ),
+    ],
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Rows, from the first on.", min=1)
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Length of an answer.", min=1)
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of sampling; 0 is greedy.", min=0)
+    ] = 0.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at once.", min=1)] = 8,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let a model answer questions and compare final numbers, as for GSM8K."""
+    from bridge_garden.evaluate import evaluate_answers
+    from bridge_garden.models import load_model, load_tokenizer, read_rows
+    from shared_core.device import select_device, select_dtype
+    from shared_core.run import RunFolder
+
+    chosen = select_device(device)
+    rows = read_rows(data, limit=limit)
+    tokenizer = load_tokenizer(model)
+    network = load_model(model, chosen, select_dtype(dtype, chosen))
+    run = RunFolder(out or Path("runs/bridge-garden/evaluate"))
+    run.write_config(
+        "bridge-garden evaluate",
+        {"model": model, "data": data, "limit": limit, "seed": seed}
+        | {"max_new_tokens": max_new_tokens, "temperature": temperature},
+        distributions=["bridge-garden", "abkd", "transformers"],
+    )
+    metrics, lines = evaluate_answers(
+        network,
+        tokenizer,
+        rows,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    for line in lines:
+        run.log(**line)
+    run.write_metrics(metrics)
+    show_result(metrics, f"{format_table([metrics])}\n\n{run.path}: log.jsonl", as_json=as_json)
+
+
+@command(app)
+def bench(
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a batch.", min=2)] = 128,
+    classes: Annotated[int, typer.Option("--classes", help="Vocabulary.", min=2)] = 50_000,
+    width: Annotated[int, typer.Option("--width", help="Hidden size of both.", min=1)] = 128,
+    chunk_size: Annotated[
+        int | None, typer.Option("--chunk-size", help="Tokens at once; by default chosen.", min=1)
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed rounds.", min=1)] = 5,
+    out: Out = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time the hybrid loss beside soft labels alone and a plain restatement; measure memory."""
+    from bridge_garden.bench import measure_losses
+    from shared_core.device import select_device
+    from shared_core.run import RunFolder
+
+    found = measure_losses(
+        tokens, classes, width, repeats=repeats, seed=seed, chunk_size=chunk_size or "auto",
+        device=select_device(device),
+    )  # fmt: skip
+    if out is not None:
+        run = RunFolder(out)
+        run.write_config(
+            "bridge-garden bench", {"tokens": tokens, "classes": classes, "width": width}
+        )
+        run.write_metrics({}, timing=found)
+    rows = [
+        {"loss": name, "ms": f"{1000 * seconds:.1f}"}
+        | {"peak MiB": round(found["peak_bytes"][name] / 2**20)}
+        for name, seconds in found["seconds"].items()
+    ]
+    show_result(found, format_table(rows), as_json=as_json)
 
 
 @command(app)
@@ -411,9 +561,21 @@ def cost(
 
 
 @command(app)
-def presets(as_json: Json = False) -> None:
+def presets(
+    launch: Annotated[
+        bool, typer.Option("--launch", help="List the launch files for accelerate instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List the pairs of the paper, with settings, reported numbers and what is assumed."""
+    from abkd.presets import launch_files
     from bridge_garden.presets import PRESETS
+
+    if launch:
+        files = {name: str(path) for name, path in launch_files().items()}
+        table = [{"launch": name, "file": path} for name, path in files.items()]
+        show_result(files, format_table(table), as_json=as_json)
+        return
 
     described = {name: preset.describe() for name, preset in PRESETS.items()}
     rows = [

@@ -5,8 +5,9 @@ The settings were chosen on seeds 100 and up; the command reports seeds 0 and up
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from bridge_garden.kappa import Decomposition, exact_decomposition, exact_kappa
 from bridge_garden.ledger import Ledger, LedgerState, WindowStudent
 from bridge_garden.risk import Risk
 from bridge_garden.weights import StepInfo, weight_from_string
+from shared_core.cli import say
 from shared_core.errors import InputError
+from shared_core.run import RunFolder, progress
 
 __all__ = [
     "DEFAULT",
@@ -31,6 +34,7 @@ __all__ = [
     "garden_entropy",
     "kappa_picture",
     "measure",
+    "run_demo",
     "run_seed",
     "summarize",
     "table",
@@ -46,10 +50,16 @@ METHODS = {
     "entropy": "entropy",
     "curriculum": "curriculum:0.5",
     "risk": "static:0.5",
+    "sampled": "hard",
+    "rkl": "soft",
+    "jsd": "soft",
+    "on-policy": "soft",
 }
-"""The methods and their weights; ``risk`` adds the risk-guided hard label with α = 0.1."""
+"""The methods and their weights. ``risk`` adds the risk-guided hard label with α = 0.1;
+``sampled`` takes the teacher's samples as hard labels instead of its argmax; ``rkl`` and ``jsd``
+are soft labels by another divergence; ``on-policy`` is soft labels on the student's own texts."""
 
-DEFAULT = ("soft", "hard", "static", "confidence", "entropy", "risk")
+DEFAULT = ("soft", "hard", "sampled", "static", "confidence", "entropy", "risk")
 """Those that run by default; the curriculum ends much as its static weight does."""
 
 QUICK = ("soft", "hard", "static", "confidence")
@@ -62,6 +72,10 @@ TITLES = {
     "entropy": "entropy",
     "curriculum": "curriculum 0.5",
     "risk": "static 0.5 + risk",
+    "sampled": "sampled hard labels",
+    "rkl": "reverse KL",
+    "jsd": "Jensen-Shannon",
+    "on-policy": "on-policy soft labels",
 }
 
 
@@ -95,6 +109,7 @@ class MethodResult:
         chain_accuracy: Share of texts with all results right.
         garden_entropy: The student's entropy at fillers, on the teacher's prefixes, in nats.
         student: The trained student.
+        seconds: Of the training.
     """
 
     exposure: ExposureReport
@@ -103,12 +118,13 @@ class MethodResult:
     chain_accuracy: float
     garden_entropy: float
     student: WindowStudent
+    seconds: float
 
 
 def train_student(
     ledger: Ledger, ids: Tensor, method: str, seed: int, settings: DemoSettings
 ) -> WindowStudent:
-    """Distil the exact teacher into a window student, off-policy on the teacher's texts.
+    """Distil the exact teacher into a window student, on its texts or on the student's own.
 
     Args:
         ledger: The teacher.
@@ -128,21 +144,25 @@ def train_student(
         torch.manual_seed(seed)
         student = WindowStudent(ledger.vocab_size, ledger.window)
     generator = torch.Generator().manual_seed(seed)
-    inputs, labels = ids[:, :-1], ids[:, 1:]
-    # Log 0 is far below what float32 can tell from 0; -inf would do as well.
-    teacher = ledger.probs(inputs).log().clamp(min=-1e4).float()
+    teacher = _log_probs(ledger, ids)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step in range(settings.steps):
         at = torch.randint(len(ids), (settings.batch,), generator=generator)
+        texts, known = ids[at], teacher[at]
+        if method == "on-policy":
+            with torch.no_grad():
+                texts = student.sample(settings.batch, ledger.length, generator)
+            known = _log_probs(ledger, texts)
         out = hybrid_loss(
-            student(inputs[at]),
-            teacher[at],
-            labels[at],
+            student(texts[:, :-1]),
+            known,
+            texts[:, 1:],
             weight=weight,
-            hard_labels="teacher_argmax",
+            divergence=method if method in ("rkl", "jsd") else "fkl",
+            hard_labels="labels" if method == "sampled" else "teacher_argmax",
             risk=risk,
             at=StepInfo(step, settings.steps),
         )
@@ -154,6 +174,12 @@ def train_student(
     return student
 
 
+def _log_probs(ledger: Ledger, ids: Tensor) -> Tensor:
+    """The teacher's log-probabilities of what follows each prefix, ``[N, T - 1, V]``."""
+    # Log 0 is far below what float32 can tell from 0; -inf would do as well.
+    return ledger.probs(ids[:, :-1]).log().clamp(min=-1e4).float()
+
+
 @torch.no_grad()
 def _losses(ledger: Ledger, student: WindowStudent, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Forward KL ``[N, T - 1]`` at every position of texts, and the student's log-probabilities."""
@@ -163,7 +189,11 @@ def _losses(ledger: Ledger, student: WindowStudent, ids: Tensor) -> tuple[Tensor
 
 
 def measure(
-    ledger: Ledger, student: WindowStudent, seed: int, settings: DemoSettings
+    ledger: Ledger,
+    student: WindowStudent,
+    seed: int,
+    settings: DemoSettings,
+    seconds: float = math.nan,
 ) -> MethodResult:
     """Exposure bias, accuracy and diversity of a student, from rollouts of both sides."""
     generator = torch.Generator().manual_seed(1_000_003 + seed)
@@ -183,6 +213,7 @@ def measure(
         right.all(1).double().mean().item(),
         entropy.item(),
         student,
+        seconds,
     )
 
 
@@ -225,10 +256,70 @@ def run_seed(
     ids = ledger.sample(settings.sequences, torch.Generator().manual_seed(seed))
     found = {}
     for method in methods:
+        started = time.process_time()
         student = train_student(ledger, ids, method, seed, settings)
-        found[method] = measure(ledger, student, seed, settings)
+        seconds = time.process_time() - started
+        found[method] = measure(ledger, student, seed, settings, seconds)
         progress(method)
     return found
+
+
+def run_demo(
+    run: RunFolder, methods: Sequence[str], seeds: Sequence[int], *, plots: bool = True
+) -> tuple[dict[str, Any], list[str]]:
+    """The whole demo in a run folder: students, exact κ, table, pictures.
+
+    Args:
+        run: The folder.
+        methods: Some of `METHODS`.
+        seeds: At least one.
+        plots: Draw the pictures.
+
+    Returns:
+        What ``metrics.json`` has, and the names of the pictures.
+
+    Raises:
+        InputError: If a method is unknown.
+    """
+    settings = DemoSettings()
+    run.write_config(
+        "bridge-garden demo",
+        {"seeds": list(seeds), "methods": list(methods), **asdict(settings)},
+        distributions=["bridge-garden", "abkd"],
+    )
+    started = time.perf_counter()
+    results = []
+    with progress(total=len(seeds) * len(methods), description="students", unit="student") as bar:
+        for seed in seeds:
+            results.append(run_seed(seed, methods, settings, progress=lambda _: bar.update()))
+            for name, result in results[-1].items():
+                run.log(step=seed, method=name, **result.exposure.to_dict())
+    say("exact κ")
+    picture = kappa_picture(seeds[0])
+    entropy = garden_entropy(Ledger(rounds=settings.rounds))
+    summary = summarize(results)
+    pictures = []
+    if plots:
+        say("drawing")
+        for name, figure in figures(results, picture, entropy).items():
+            pictures.append(run.save_figure(name, figure).name)
+    metrics = {
+        "methods": summary,
+        "teacher_garden_entropy": entropy,
+        "kappa": asdict(picture),
+        "seeds": list(seeds),
+        "summary": {
+            "message": tell(summary, entropy),
+            "rows": table(summary),
+            "picture": "comparison.png" if plots else None,
+        },
+    }
+    training = {m: statistics.fmean(found[m].seconds for found in results) for m in methods}
+    run.write_metrics(
+        metrics,
+        timing={"seconds": time.perf_counter() - started, "cpu_seconds_of_training": training},
+    )
+    return metrics, pictures
 
 
 @dataclass(frozen=True)
@@ -385,6 +476,16 @@ def tell(methods: dict[str, Any], teacher_entropy: float) -> str:
             f", hard labels {methods['hard']['garden_entropy']['mean'] / teacher_entropy:.0%}"
         )
     lines[-1] += "."
+    if {"sampled", "hard"} <= methods.keys():
+        own, most = (methods[m]["bridge_accuracy"]["mean"] for m in ("sampled", "hard"))
+        lines.append(
+            f"Hard labels sampled from the teacher have a bridge accuracy of {own:.3f}, its argmax "
+            f"{most:.3f}, soft labels {soft['bridge_accuracy']['mean']:.3f}"
+            + (": sampling loses the gain." if own < most - 0.02 else ".")
+        )
+    if {"static", "soft"} <= methods.keys():
+        left = methods["static"]["garden_entropy"]["mean"] / teacher_entropy
+        lines.append(f"Static mixing keeps {left:.0%} of the entropy in gardens.")
     if {"static", "risk"} <= methods.keys():
         change = (
             methods["risk"]["bridge_accuracy"]["mean"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import abkd
 from abkd import DistillationOutput, TokenStatistics
+from bridge_garden._one_pass import LabelLogits, OnePassRisk, one_pass
 from bridge_garden.risk import Risk, discounts, reduce_risk, risk_terms
 from bridge_garden.weights import Confidence, StepInfo, Weight, checked_weight, weight_from_string
 from shared_core.errors import InputError
@@ -70,11 +71,14 @@ class HybridPlan:
     segments: Tensor | None
     hard_labels: str
     settings: dict[str, Any]
+    in_pass: OnePassRisk | None = None
 
     def finish(self, out: DistillationOutput) -> HybridOutput:
         """Add the risk, and say what was seen."""
-        loss, risk = out.loss, torch.zeros_like(out.loss.detach())
-        if self.risk is not None:
+        loss, hard, risk = out.loss, out.ce, torch.zeros_like(out.loss.detach())
+        if self.in_pass is not None:
+            loss, hard, risk = self.in_pass.finish(out)
+        elif self.risk is not None:
             penalty = self._penalty(self.risk, out)
             loss, risk = loss + penalty, penalty.detach()
         count = self.valid.sum().clamp(min=1)
@@ -82,7 +86,7 @@ class HybridPlan:
         return HybridOutput(
             loss,
             out.kd,
-            out.ce,
+            hard,
             risk,
             weight,
             weight.sum() / count,
@@ -93,6 +97,23 @@ class HybridPlan:
             out.per_token_ce,
             out.statistics,
         )
+
+    def fuse(self, logits: LabelLogits) -> None:
+        """Have the risk penalty in the one pass over a head's chunks, where that can be."""
+        if self.risk is None or not one_pass(self.risk, self.hard_labels):
+            return
+        assert self.labels is not None
+        weight_fn = self.settings["weight_fn"]
+        self.in_pass = OnePassRisk(
+            logits,
+            lambda seen: weight_fn(seen)[0],
+            self.risk,
+            self.labels,
+            self.valid,
+            self.segments,
+            self.hard_labels,
+        )
+        self.settings.update(weight_fn=self.in_pass, return_label_logits=False)
 
     def _penalty(self, risk: Risk, out: DistillationOutput) -> Tensor:
         assert self.labels is not None
@@ -344,6 +365,15 @@ def fused_hybrid_loss(
         n_valid=n_valid,
         at=at,
         statistics=statistics,
+    )
+    plan.fuse(
+        LabelLogits(
+            student_hidden.flatten(0, -2),
+            student_weight,
+            head_options.get("student_bias"),
+            head_options.get("student_softcap"),
+            head_options.get("student_logit_scale", 1.0),
+        )
     )
     out = abkd.fused_linear_ab_divergence(
         student_hidden,

@@ -8,7 +8,7 @@ import torch
 
 from shared_core.errors import InputError, MissingExtraError
 
-__all__ = ["encode", "load_model", "load_tokenizer", "read_rows"]
+__all__ = ["encode", "load_model", "load_pair", "load_tokenizer", "prompt_of", "read_rows"]
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -40,17 +40,31 @@ def load_tokenizer(name: str) -> Any:
         raise InputError(_told("tokenizer", name, error)) from error
 
 
+def load_pair(student: str, teacher: str, device: str, dtype: str) -> tuple[Any, Any, Any, Any]:
+    """Student, teacher, the student's tokenizer and the device, from what the user named.
+
+    Raises:
+        InputError: If one of them does not exist.
+    """
+    from shared_core.device import select_device, select_dtype
+
+    chosen = select_device(device)
+    kind = select_dtype(dtype, chosen)
+    tokenizer = load_tokenizer(student)
+    return load_model(student, chosen, kind), load_model(teacher, chosen, kind), tokenizer, chosen
+
+
 def _told(what: str, name: str, error: Exception) -> str:
     first = str(error).strip().splitlines() or [type(error).__name__]
     return f"no {what} could be loaded from {name!r} ({first[0]}); give a hub id or a folder"
 
 
 def read_rows(source: str, split: str = "train", limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a local ``.jsonl`` or ``.txt`` file (a row per line), or of a hub data set.
+    """Rows of a ``.jsonl`` or ``.txt`` file (a row per line), a folder, or a hub data set.
 
     Raises:
         InputError: If the file is missing, empty or not JSON lines.
-        MissingExtraError: If a hub id is given without the extra ``data``.
+        MissingExtraError: If a folder or a hub id is given without the extra ``data``.
 
     Example:
         >>> path = getfixture("tmp_path") / "rows.jsonl"
@@ -85,19 +99,31 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
 
 
 def _from_hub(source: str, split: str, limit: int | None) -> list[dict[str, Any]]:
+    from shared_core.data.loading import load_rows
+
     try:
-        from datasets import load_dataset
-    except ImportError as error:
+        data = load_rows(source, split=split)
+    except MissingExtraError as error:
         raise MissingExtraError("bridge-garden", "data", "datasets") from error
-    try:
-        data = load_dataset(source, split=split)
-    except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"no data could be loaded from {source!r} ({first[0]}); give a .jsonl or .txt file, or "
-            "a hub id"
-        ) from error
-    return [dict(row) for row in (data if limit is None else data.select(range(limit)))]
+    return [dict(data[i]) for i in range(len(data) if limit is None else min(limit, len(data)))]
+
+
+def prompt_of(row: dict[str, Any]) -> str:
+    """The text of a row that a model is to continue.
+
+    Raises:
+        InputError: If the row has none.
+
+    Example:
+        >>> prompt_of({"question": "1+1=", "answer": "2"})
+        '1+1='
+    """
+    for name in ("prompt", "question", "text"):
+        if name in row:
+            return str(row[name])
+    raise InputError(
+        f"the data have the columns {', '.join(row)}; accepted: prompt, question or text"
+    )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -8,8 +8,16 @@ from shared_core.plots import COLORS, new_figure
 if TYPE_CHECKING:
     from bridge_garden.demo import KappaPicture
     from bridge_garden.exposure import ExposureReport
+    from shared_core.run import RunFolder
 
-__all__ = ["plot_comparison", "plot_kappa", "plot_positions", "plot_strip", "strip_html"]
+__all__ = [
+    "plot_comparison",
+    "plot_kappa",
+    "plot_positions",
+    "plot_strip",
+    "save_strip",
+    "strip_html",
+]
 
 KINDS = {"start": COLORS[7], "filler": COLORS[2], "op": COLORS[0], "result": COLORS[3]}
 LABELS = {
@@ -40,23 +48,26 @@ def plot_comparison(methods: Mapping[str, Any], teacher_entropy: float) -> Any:
             label=title,
         )
     left.axvline(teacher_entropy, color="grey", linestyle=":")
-    left.annotate("teacher", (teacher_entropy, left.get_ylim()[0]), color="grey", ha="right")
+    left.annotate(
+        "teacher ", (teacher_entropy, left.get_ylim()[1]), color="grey", ha="right", va="top"
+    )
     left.set_xlabel("entropy in gardens (nats): diversity")
     left.set_ylabel("right results in own texts: safety on bridges")
     left.set_title("The dilemma: up and to the right is better")
     left.legend(fontsize="small")
-    shown = {t: e for t, e in methods.items() if t != "hard labels"}
+    # Hard labels and reverse KL give some tokens no mass: their forward KL is off the scale.
+    least = min(e["inference"]["mean"] for e in methods.values())
+    shown = {t: e for t, e in methods.items() if e["inference"]["mean"] < 5 * least}
     names = list(shown)
     fit = [shown[t]["fit"]["mean"] for t in names]
     bias = [shown[t]["bias"]["mean"] for t in names]
     errors = [shown[t]["inference"]["standard_error"] or 0 for t in names]
     right.barh(names, fit, color=COLORS[0], label="training fit")
     right.barh(names, bias, left=fit, xerr=errors, color=COLORS[1], label="exposure bias")
-    right.invert_yaxis()
-    right.set_xlim(0, 1.4 * max(f + b for f, b in zip(fit, bias, strict=True)))  # for the legend
+    right.set_ylim(len(names) + 0.4, -0.6)  # room for the legend below the bars
     right.set_xlabel("inference error (forward KL per position, nats)")
-    right.set_title("Inference error (hard labels: off the scale)")
-    right.legend(fontsize="small", loc="lower right")
+    right.set_title("Inference error of those on this scale")
+    right.legend(fontsize="small", loc="lower right", ncols=2)
     return figure
 
 
@@ -147,6 +158,7 @@ def plot_strip(tokens: Sequence[str], values: Sequence[float], label: str) -> An
     for row, line in enumerate(lines):
         for start, text, value in line:
             color = cmap(norm(value)) if math.isfinite(value) else (1, 1, 1, 0)
+            ink = "white" if math.isfinite(value) and norm(value) > 0.65 else "black"
             for i, letter in enumerate(text):
                 axes.add_patch(
                     mpl.patches.Rectangle((start + i, row + 0.08), 1, 0.84, color=color, lw=0)
@@ -159,6 +171,7 @@ def plot_strip(tokens: Sequence[str], values: Sequence[float], label: str) -> An
                     va="center",
                     family="monospace",
                     fontsize=8.5,
+                    color=ink,
                 )
     figure.colorbar(
         mpl.cm.ScalarMappable(norm, cmap),
@@ -171,12 +184,13 @@ def plot_strip(tokens: Sequence[str], values: Sequence[float], label: str) -> An
     return figure
 
 
-def strip_html(tokens: Sequence[str], values: Sequence[float]) -> str:
+def strip_html(tokens: Sequence[str], values: Sequence[float], label: str) -> str:
     """The same strip as a page of HTML; hovering shows the value.
 
     Args:
         tokens: The texts of the tokens, escaped.
         values: One per token; NaN stays white.
+        label: What the colour means.
     """
     import math
 
@@ -192,6 +206,28 @@ def strip_html(tokens: Sequence[str], values: Sequence[float]) -> str:
         spans.append(f'<span style="{style}" title="{value:.4f}">{token}</span>')
     body = "".join(spans)
     return (
-        '<!doctype html><meta charset="utf-8"><title>κ</title>'
+        f'<!doctype html><meta charset="utf-8"><title>{label}</title><p>{label}</p>'
         f'<pre style="font-size:16px;white-space:pre-wrap">{body}</pre>\n'
     )
+
+
+def save_strip(
+    run: "RunFolder", name: str, tokens: Sequence[str], values: Sequence[float], label: str
+) -> None:
+    """Write the strip of a text into a run folder, as ``NAME.png`` and ``NAME.html``.
+
+    Args:
+        run: The folder.
+        name: Of the files.
+        tokens: The texts of the tokens.
+        values: One per token; NaN stays white.
+        label: What the colour means.
+    """
+    import html
+
+    from shared_core.run import atomic_path
+
+    run.save_figure(name, plot_strip(tokens, values, label))
+    with atomic_path(run.path / f"{name}.html") as temporary:
+        page = strip_html([html.escape(token) for token in tokens], values, label)
+        temporary.write_text(page, encoding="utf-8")

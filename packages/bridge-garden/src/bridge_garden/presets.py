@@ -18,6 +18,8 @@ class Preset:
         student: Hub id.
         weight: λ.
         hard_labels: The paper's LLM runs take the tokens of the data.
+        on_policy_fraction: Share of micro-batches with the student's own responses.
+        max_new_tokens: Their length.
         risk_alpha: α; 0.1 for all of the paper's risk-guided runs, 0 is without.
         lr: Learning rate.
         epochs: Passes.
@@ -38,9 +40,11 @@ class Preset:
     student: str
     weight: str = "confidence"
     hard_labels: str = "labels"
+    on_policy_fraction: float = 0.0
+    max_new_tokens: int = 512
     risk_alpha: float = 0.0
     lr: float = 5e-5
-    epochs: float = 2
+    epochs: float = 2.0
     batch_size: int = 4
     accumulation: int = 8
     max_length: int = 2048
@@ -95,6 +99,15 @@ PRESETS: dict[str, Preset] = {
             risk_alpha=0.1,
             reported={"risk-guided": 55.16},
             assumed=(_INSTRUCT, _DATA, "λ = 0.2 is the default of the authors' script"),
+        ),
+        Preset(
+            "qwen2.5-7b-3b-on-policy",
+            "Qwen/Qwen2.5-7B-Instruct",
+            "Qwen/Qwen2.5-3B-Instruct",
+            weight="static:0.1",
+            hard_labels="teacher_argmax",
+            on_policy_fraction=0.2,
+            assumed=(_INSTRUCT, _DATA, "the settings are those of the authors' on-policy trainer"),
         ),
         Preset(
             "qwen2.5-7b-0.5b",

@@ -68,6 +68,15 @@ def discounts(valid: Tensor, gamma: float, segments: Tensor | None = None) -> Te
     return torch.where(valid, gamma ** (count - 1).clamp(min=0).to(dtype), 0.0)
 
 
+def successors(valid: Tensor, segments: Tensor | None = None) -> Tensor:
+    """Which tokens have a valid one of the same sequence right after them, ``[B, T]``."""
+    after = torch.zeros_like(valid)
+    after[:, :-1] = valid[:, 1:]
+    if segments is not None:
+        after[:, :-1] &= segments[:, 1:] == segments[:, :-1]
+    return after
+
+
 def risk_terms(
     label_logit: Float[Tensor, "B T"],
     lse: Float[Tensor, "B T"],
@@ -97,10 +106,7 @@ def risk_terms(
         tensor([[0.9000, 0.0000]])
     """
     follows = valid if follows is None else valid & follows
-    after = torch.zeros_like(valid)
-    after[:, :-1] = valid[:, 1:]
-    if segments is not None:
-        after[:, :-1] &= segments[:, 1:] == segments[:, :-1]
+    after = successors(valid, segments)
     last = valid & ~after
     next_value = torch.cat([lse[:, 1:], torch.zeros_like(lse[:, :1])], dim=1)
     reward = label_logit - torch.where(after, risk.gamma * next_value, 0.0)

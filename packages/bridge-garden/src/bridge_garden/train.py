@@ -11,18 +11,19 @@ from typing import Any
 import torch
 
 from bridge_garden.models import load_tokenizer, read_rows
-from bridge_garden.presets import Preset
+from bridge_garden.presets import Preset, get_preset
+from shared_core.checkpoints import checkpoint_to_resume, whole_checkpoint_marker
 from shared_core.errors import InputError, MissingExtraError
 from shared_core.run import RunFolder, atomic_path
 
-__all__ = ["TrainSettings", "train"]
-
-MARK = "complete.json"
+__all__ = ["TrainSettings", "plan_training", "train"]
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """All settings of ``bridge-garden train``.
+
+    Without a teacher, the data is the folder of a captured one (``bridge-garden capture``).
 
     Raises:
         InputError: If teacher, student or data are missing.
@@ -39,8 +40,11 @@ class TrainSettings:
     hard_labels: str = "teacher_argmax"
     divergence: str = "fkl"
     risk_alpha: float = 0.0
+    nonfinite: str = "raise"
+    on_policy_fraction: float = 0.0
+    max_new_tokens: int = 512
     lr: float = 5e-5
-    epochs: float = 2
+    epochs: float = 2.0
     max_steps: int = -1
     batch_size: int = 4
     accumulation: int = 8
@@ -56,7 +60,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("teacher", "student", "data"):
-            if not getattr(self, name):
+            captured = name == "teacher" and Path(self.data or "/no").is_dir()
+            if not getattr(self, name) and not captured:
                 raise InputError(f"say which {name}: --{name}, or --preset NAME with --data")
 
     @classmethod
@@ -69,13 +74,41 @@ class TrainSettings:
         return cls(**settings)
 
 
+def plan_training(
+    preset: str | None, changes: dict[str, Any], *, dry_run: bool = False
+) -> tuple[TrainSettings, tuple[str, ...]]:
+    """The settings of a run, and what a preset assumes beyond its sources.
+
+    Args:
+        preset: Name of a preset, or ``None``.
+        changes: Settings of the user; ``None`` leaves the preset's or the default.
+        dry_run: Do without data.
+
+    Raises:
+        InputError: If there is no such preset, or teacher, student or data are missing.
+
+    Example:
+        >>> settings, assumed = plan_training("qwen2.5-7b-3b", {"data": "rows.jsonl"})
+        >>> settings.lora_r, len(assumed)
+        (16, 2)
+    """
+    given = {k: v for k, v in changes.items() if v is not None}
+    if preset is None:
+        return TrainSettings(**{"teacher": "", "student": "", "data": "", **given}), ()
+    found = get_preset(preset)
+    if dry_run:
+        given.setdefault("data", "(not stated by the paper: pass --data)")
+    return TrainSettings.from_preset(found, **given), found.assumed
+
+
 def train(
     settings: TrainSettings, run: RunFolder, device: torch.device, *, resume: bool = False
 ) -> dict[str, Any]:
     """Train, save the student as safetensors into ``student/``, and return the last numbers.
 
     A checkpoint counts only once it has been written whole, so a run killed at any moment goes on
-    from the last whole one and ends in the same numbers.
+    from the last whole one and ends in the same numbers. One whose files have changed since is
+    passed over, with a warning, for the one before.
 
     Args:
         settings: Of the run.
@@ -85,27 +118,18 @@ def train(
 
     Raises:
         InputError: If models or data cannot be loaded, there is nothing to resume, an earlier run
-            is in the way, or it had other settings.
+            is in the way, it had other settings, or all its checkpoints are damaged.
     """
     from transformers import TrainerCallback
 
     from bridge_garden.trainer import HybridConfig, HybridTrainer
 
     checkpoints = run.path / "checkpoints"
-    found = list(checkpoints.glob("checkpoint-*"))
-    if resume and not found:
+    if resume and not any(checkpoints.glob("checkpoint-*")):
         raise InputError(f"{run.path} has no checkpoint to resume from; leave out --resume")
-    if found and not resume:
-        raise InputError(
-            f"{run.path} holds checkpoints of an earlier run; continue it with --resume, or choose "
-            "another --out"
-        )
-    last = None
+    last = checkpoint_to_resume(run.path, asdict(settings), resume=resume)
     if resume:
-        _check_same(settings, run.path)
-        whole = [path for path in found if (path / MARK).is_file()]
-        last = max(whole, key=_step, default=None)
-        _cut_log(run.path / "log.jsonl", _step(last) if last is not None else 0)
+        _cut_log(run.path / "log.jsonl", 0 if last is None else int(last.name.split("-")[1]))
     rows = read_rows(settings.data)
     tokenizer = load_tokenizer(settings.student)
     peft_config = _lora(settings)
@@ -115,6 +139,9 @@ def train(
         hard_labels=settings.hard_labels,
         divergence=settings.divergence,
         risk_alpha=settings.risk_alpha,
+        nonfinite=settings.nonfinite,
+        on_policy_fraction=settings.on_policy_fraction,
+        max_new_tokens=settings.max_new_tokens,
         learning_rate=settings.lr,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
@@ -142,20 +169,14 @@ def train(
             if state.is_world_process_zero:
                 run.log(step=state.global_step, **(logs or {}))
 
-        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            if state.is_world_process_zero:
-                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                with atomic_path(folder / MARK) as temporary:
-                    temporary.write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
-
     trainer = HybridTrainer(
         settings.student,
-        settings.teacher,
+        settings.teacher or None,
         args,
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[Records()],
+        callbacks=[Records(), whole_checkpoint_marker(TrainerCallback)],
     )
     run.write_config(
         "bridge-garden train",
@@ -181,26 +202,10 @@ def train(
     lines = [line for line in trainer.state.log_history if "loss" in line]
     final = {name: lines[-1].get(name) for name in names} if lines else {}
     metrics = {"steps": trainer.state.global_step, **final}
+    if settings.nonfinite == "skip":
+        metrics["skipped"] = sum(line["skipped"] for line in lines)
     run.write_metrics(metrics, timing={"seconds": time.perf_counter() - started})
     return metrics
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def _check_same(settings: TrainSettings, folder: Path) -> None:
-    """Refuse to continue a run with settings that it did not have."""
-    try:
-        earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no readable config.json; choose another --out") from error
-    changed = [n for n, value in asdict(settings).items() if earlier.get(n) != value]
-    if changed:
-        raise InputError(
-            f"the run in {folder} had another {', '.join(changed)}; give the same settings, or "
-            "choose another --out"
-        )
 
 
 def _cut_log(path: Path, step: int) -> None:

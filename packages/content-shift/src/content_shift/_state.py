@@ -118,18 +118,23 @@ class Session:
         self._own: dict[int, Any] = {k: v for s in self._before for k, v in s.active.items()}
         self.there: set[str] = {name for s in self._before for name in s.peft}
         self.sources: dict[str, Any] = {}
+        self._adapted: tuple[Any, list[Any]] = (None, [])
         if outer is not None:
             self._own, self.there, self.sources = outer._own, outer.there, dict(outer.sources)
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """Make exactly these adapters act, beside those the user had active before."""
-        for layer in adapted_layers(self.fx):
+        there = [tuple(getattr(m, "peft_config", None) or ()) for m in models_of(self.fx)]
+        if self._adapted[0] != there:
+            self._adapted = (there, list(adapted_layers(self.fx)))
+        for layer in self._adapted[1]:
             own = self._own.get(id(layer), ([], {}, False))[0]
             mine = [name for name in adapters if name in layer.scaling]
-            layer.set_adapter([*own, *mine])
+            if list(layer.active_adapters) != [*own, *mine]:
+                layer.set_adapter([*own, *mine])
+                layer.requires_grad_(False)
             for name in mine:
                 layer.set_scale(name, adapters[name])
-            layer.requires_grad_(False)
 
     def close(self) -> None:
         """Put the models back."""

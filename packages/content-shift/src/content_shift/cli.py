@@ -492,15 +492,15 @@ def demo(
     quick: Quick = False,
     plots: Plots = True,
 ) -> None:
-    """Train a small diffusion model and ControlNets for it, and see what keeps its features true.
+    """Train small diffusion models and ControlNets for them; see what keeps their features true.
 
-    Nothing is downloaded. The models stay in OUT for the other commands.
+    Two seeds, or one with --quick; each has a process of its own. Nothing is downloaded. The models
+    of the first stay in OUT for the other commands.
     """
     import time
     from dataclasses import asdict
 
     from content_shift import demo as the_demo
-    from diffeat.demo import save_backbone
     from shared_core.device import select_device
     from shared_core.run import progress
 
@@ -514,32 +514,32 @@ def demo(
         | asdict(settings),
     )  # fmt: skip
     started = time.perf_counter()
-    with progress(total=settings.backbone_steps, description="training U-Net", unit="step") as bar:
-        fx = the_demo.prepare_backbone(settings, backbone, seed, chosen, lambda *_: bar.update())
-    save_backbone(fx, run.path / "backbone")
-    rows: list[dict[str, Any]] = []
-    first: Any = None
-    for one in range(seed, seed + settings.seeds):
-        found, net = the_demo.run_seed(fx, settings, one)
-        rows += found
-        first = first or net
-        say(f"seed {one} done")
-    first.save_pretrained(run.path / "controlnet")
-    told = the_demo.tell(rows)
+    total = settings.seeds * (settings.control_steps + (0 if backbone else settings.backbone_steps))
+    with progress(total=total, description="training", unit="step") as bar:
+
+        def told(place: int) -> None:
+            bar.update()
+            if bar.n == total:
+                say("comparing techniques")
+
+        rows, fx, net = the_demo.run_seeds(
+            settings, seed, run.path, backbone=backbone, device=chosen, told=told
+        )
+    found = the_demo.tell(rows)
     if plots:
-        for name, figure in the_demo.figures(fx, first, rows, seed).items():
+        for name, figure in the_demo.figures(fx, net, rows, seed).items():
             run.save_figure(name, figure)
     metrics = {
-        **told,
+        **found,
         "rows": rows,
         "summary": {
-            "message": told["message"],
-            "rows": told["table"],
+            "message": found["message"],
+            "rows": found["table"],
             "picture": "scatter.png" if plots else None,
         },
     }
     run.write_metrics(metrics, timing={"seconds": time.perf_counter() - started})
-    text = f"{format_table(told['table'])}\n\n{told['message']}\n\n{run.path}"
+    text = f"{format_table(found['table'])}\n\n{found['message']}\n\n{run.path}"
     show_result(metrics, text, as_json=as_json)
 
 

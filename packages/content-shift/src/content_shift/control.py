@@ -108,6 +108,8 @@ class ControlNet(Technique):
     def condition(self, ctx: Context) -> Patch:
         """Residuals of every forward, from the batch's control images."""
         picture = self._picture(ctx)
+        if self.scale == 0:
+            return Patch()
         fx, net = ctx.fx, self._net
         dtype = next(net.parameters()).dtype
         picture = picture.to(fx.device, dtype)
@@ -129,7 +131,8 @@ class ControlNet(Technique):
                 "mid_block_additional_residual": mid.to(x.dtype),
             }
 
-        return Patch(residuals=residuals)
+        own = None if self.images is not None else (net, self.preprocess, self.scale)
+        return Patch(residuals=residuals, residuals_key=own)
 
     def _picture(self, ctx: Context) -> Tensor:
         inputs = ctx.inputs

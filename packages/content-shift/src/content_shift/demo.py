@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from content_shift.closeness import sobel
 from content_shift.gate import evaluate, img2img, shift_map
 from content_shift.plots import plot_grid, plot_scatter, plot_shift
 from content_shift.recipe import Inputs, Recipe
@@ -23,10 +24,12 @@ from content_shift.techniques import Captions as Said
 from content_shift.train_control import train_control
 from diffeat import FeatureExtractor
 from diffeat import demo as base
+from diffeat._workers import run_beside
 from diffeat.probe import LinearProbe, iou_of
 
 __all__ = [
-    "DemoSettings", "compare", "figures", "prepare_backbone", "run_seed", "spearman", "tell",
+    "DemoSettings", "compare", "compare_seed", "figures", "prepare_backbone", "run_seed",
+    "run_seeds", "spearman", "tell",
 ]  # fmt: skip
 
 LAYERS = (
@@ -38,7 +41,8 @@ LAYERS = (
 )
 
 
-RIGHT, WRONG = "control x 1", "control of another image"
+FREE, GUIDED = "class-free prompt", "guidance 3"
+RIGHT, WRONG, BLIND = "control x 1", "control of another image", "control without edges"
 
 
 @dataclass(frozen=True)
@@ -46,30 +50,33 @@ class DemoSettings:
     """The settings of the demo.
 
     Attributes:
-        backbone_steps: Training steps of the U-Net, if none is given.
+        backbone_steps: Training steps of each seed's U-Net, if none is given. With too few of
+            them any ControlNet helps, whatever image it sees: it makes up for the training.
+        backbone_batch_size: Images a step of it.
         images: Images that U-Net and ControlNet are trained on.
         control_steps: Training steps of each seed's ControlNet.
         batch_size: Images a step of it.
-        lr: Its peak learning rate.
+        lr: Peak learning rate of both.
         train, test: Images that probes are fitted and tested on.
         timesteps: Where features are compared.
-        seeds: How many ControlNets, image sets and noises.
+        seeds: How many U-Nets, ControlNets, image sets and noises.
     """
 
-    backbone_steps: int = 200
+    backbone_steps: int = 300
+    backbone_batch_size: int = 16
     images: int = 1500
-    control_steps: int = 80
-    batch_size: int = 16
+    control_steps: int = 200
+    batch_size: int = 12
     lr: float = 3e-3
     train: int = 100
     test: int = 60
     timesteps: tuple[int, ...] = (100, 300)
-    seeds: int = 3
+    seeds: int = 2
 
     def quick(self) -> "DemoSettings":
         """A version that shows that everything runs."""
         return replace(
-            self, backbone_steps=25, images=200, control_steps=15, train=30, test=20,
+            self, backbone_steps=60, images=400, control_steps=30, train=30, test=20,
             timesteps=(100,), seeds=1,
         )  # fmt: skip
 
@@ -87,7 +94,9 @@ def prepare_backbone(
         fx = base.load_backbone(folder)
         fx.backbone.to(device)
     else:
-        settings = base.DemoSettings(images=s.images, steps=s.backbone_steps)
+        settings = base.DemoSettings(
+            images=s.images, steps=s.backbone_steps, batch_size=s.backbone_batch_size, lr=s.lr
+        )
         fx = base.train_backbone(settings, seed=seed, device=device, progress=told)
     fx.layers = list(LAYERS)
     return fx
@@ -101,18 +110,17 @@ def compare(
     A caption that names the classes would tell the probe the answer, so that every prompt is either
     free of them or belongs to another image.
     """
-    from content_shift.closeness import sobel
-
     others = [*captions[1:], captions[0]]
     wrong = sobel(pixels.roll(1, 0))
     every = {
-        "class-free prompt": Recipe(Prompt("a picture of")),
+        FREE: Recipe(Prompt("a picture of")),
         "caption of another image": Recipe(Said(others)),
-        "guidance 3": Recipe(Prompt("a picture of"), CFG(3.0)),
+        GUIDED: Recipe(Prompt("a picture of"), CFG(3.0)),
         "control x 0": Recipe(ControlNet(net, "sobel", 0.0)),
         "control x 0.5": Recipe(ControlNet(net, "sobel", 0.5)),
         RIGHT: Recipe(ControlNet(net, "sobel")),
         WRONG: Recipe(ControlNet(net, images=wrong)),
+        BLIND: Recipe(ControlNet(net, images=torch.zeros_like(wrong))),
     }
     return {name: r for name, r in every.items() if only is None or name in only}
 
@@ -127,6 +135,7 @@ def _probe(
     for split, (images, labels, captions) in zip(("train", "test"), data, strict=True):
         pixels = images.float() / 255
         every = {"none": Recipe(), **compare(net, pixels, captions)}
+        del every[GUIDED]  # a feature of a single forward is that of its prompt
         for start in range(0, len(images), 25):
             index = list(range(start, min(start + 25, len(images))))
             inputs = Inputs.prepare(
@@ -145,22 +154,68 @@ def _probe(
                     hits = own[layer].confusion(value, labels[index]).sum(0).cpu()
                     table = tables.setdefault(name, {})
                     table[layer] = table[layer] + hits if layer in table else hits
-    return {
+    miou = {
         name: {layer: float(iou_of(table)) for layer, table in by_layer.items()}
         for name, by_layer in tables.items()
     }
+    return {**miou, GUIDED: miou[FREE]}
 
 
 def run_seed(
+    job: tuple[DemoSettings, int, Path | None, Path | None, str], told: Callable[..., None]
+) -> list[dict[str, Any]]:
+    """Train one seed's U-Net and ControlNet and compare techniques; see `run_seeds`.
+
+    Args:
+        job: Settings, seed, folder of a U-Net to use instead, where to save both, device.
+        told: Told after every step.
+    """
+    s, seed, backbone, folder, device = job
+    fx = prepare_backbone(s, backbone, seed, device, lambda *_: told())
+    net, rows = compare_seed(fx, s, seed, lambda *_: told())
+    if folder is not None:
+        base.save_backbone(fx, folder / "backbone")
+        net.save_pretrained(folder / "controlnet")
+    return rows
+
+
+def run_seeds(
+    s: DemoSettings, seed: int, folder: Path, *, backbone: Path | None = None,
+    device: torch.device | str = "cpu", told: Callable[..., None] = lambda place: None,
+) -> tuple[list[dict[str, Any]], FeatureExtractor, Any]:  # fmt: skip
+    """All seeds; on a CPU in processes beside each other.
+
+    Args:
+        s: The settings.
+        seed: The first.
+        folder: Where the models of the first seed are saved.
+        backbone: Folder of a U-Net to use in place of new ones.
+        device: Where to compute.
+        told: Told the number of a run after each of its steps.
+
+    Returns:
+        The rows of all seeds (see `compare_seed`), and U-Net and ControlNet of the first.
+    """
+    from diffusers import ControlNetModel
+
+    jobs = [(s, seed + i, backbone, None if i else folder, str(device)) for i in range(s.seeds)]
+    found = run_beside(run_seed, jobs, told, alone=torch.device(device).type != "cpu")
+    fx = prepare_backbone(s, folder / "backbone", seed, device)
+    net: Any = ControlNetModel.from_pretrained(folder / "controlnet")
+    return [row for rows in found for row in rows], fx, net.to(device)
+
+
+def compare_seed(
     fx: FeatureExtractor, s: DemoSettings, seed: int,
     told: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[list[dict[str, Any]], Any]:  # fmt: skip
+) -> tuple[Any, list[dict[str, Any]]]:  # fmt: skip
     """Train one seed's ControlNet and compare the techniques on its images and noise.
 
     Returns:
-        Rows of ``technique, t, seed, gain`` (dB), ``miou`` and ``miou_gain`` (mean over layers),
+        The ControlNet, and
+        rows of ``technique, t, seed, gain`` (dB), ``miou`` and ``miou_gain`` (mean over layers),
         ``miou_gains`` by layer, ``score`` (eq. 2, pooled) and for control ``score_same`` (with
-        the reference under the same technique); and the ControlNet.
+        the reference under the same technique).
     """
     images, _, captions = base.shapes_data(s.images, "train", seed)
     net = train_control(
@@ -196,7 +251,7 @@ def run_seed(
                     "score_same": other.get(name),
                 }
             )
-    return rows, net
+    return net, rows
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -259,7 +314,8 @@ def tell(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     message = (
         f"Over {seeds} seed{'s' if seeds > 1 else ''}, control brings {said(RIGHT)}; "
-        f"control of another image {said(WRONG)}; the caption of another "
+        f"control of another image {said(WRONG)}; control without edges {said(BLIND)}; "
+        f"the caption of another "
         f"image {said('caption of another image')}. Rank correlation with the gain in mIoU: "
         f"reconstruction gain {rho['gain']:+.2f}; the GATE score (no claim) {rho['score']:+.2f}."
     )

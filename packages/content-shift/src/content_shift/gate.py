@@ -244,34 +244,41 @@ def evaluate(
     bar = progress(total=total, description="scoring", unit="image")
     with session(fx, kept), bar:
 
-        def features(recipe: Recipe, inputs: Inputs, time: int, noise: str, draw: int) -> Any:
+        def reference(recipe: Recipe, inputs: Inputs) -> Any:
             with recipe.applied(fx) as opened:
                 return recipe.features(
-                    fx, opened, inputs, layers=names, t=time, prompt=prompt, noise=noise,
-                    seed=seed, draw=draw,
+                    fx, opened, inputs, layers=names, t=ref_t, prompt=prompt, noise="none",
+                    seed=seed,
                 )  # fmt: skip
+
+        def look(recipe: Recipe, inputs: Inputs, draw: int) -> tuple[Any, Tensor | None]:
+            """Features, and how close the reconstruction comes, from the same forward."""
+            given: dict[str, Any] = {"t": t, "prompt": prompt, "seed": seed, "draw": draw}
+            with recipe.applied(fx) as opened:
+                if not reconstruction:
+                    return recipe.features(fx, opened, inputs, layers=names, **given), None
+                found, clean = recipe.features_and_estimate(
+                    fx, opened, inputs, layers=names, **given
+                )
+            shown = fx.decode(clean).to(inputs.pixels.device)
+            return found, closeness(shown, inputs.pixels)
 
         for inputs in parts(fx, images, batch_size, ids, seed):
             references = {
-                name: features(recipe, inputs, ref_t, "none", 0)
+                name: reference(recipe, inputs)
                 for name, recipe in ((None, Recipe()), *(recipes.items() if ref == "same" else ()))
             }
             for draw in range(draws):
-                anchor = features(Recipe(), inputs, t, "seeded", draw)
-                given: dict[str, Any] = {"t": t, "prompt": prompt, "seed": seed, "draw": draw}
-                before = None
-                if reconstruction:
-                    before = closeness(clean_images(fx, Recipe(), inputs, **given), inputs.pixels)
+                anchor, before = look(Recipe(), inputs, draw)
                 for name, recipe in recipes.items():
-                    reference = references[name if ref == "same" else None]
-                    mine = features(recipe, inputs, t, "seeded", draw)
+                    wanted = references[name if ref == "same" else None]
+                    mine, after = look(recipe, inputs, draw)
                     for layer in mine:
-                        pair = [difference(f[layer], reference[layer], **how)
+                        pair = [difference(f[layer], wanted[layer], **how)
                                 for f in (mine, anchor)]  # fmt: skip
                         stacked = torch.stack(pair).cpu()
                         diffs.setdefault((name, layer, draw), []).append(stacked)
-                    if before is not None:
-                        after = closeness(clean_images(fx, recipe, inputs, **given), inputs.pixels)
+                    if before is not None and after is not None:
                         gains.setdefault((name, draw), []).append((after - before).cpu())
             bar.update(len(inputs.pixels))
     settings = {

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from content_shift._state import Session, models_of, session
-from diffeat import FeatureExtractor, Features, PromptEmbedding, find_activation
+from diffeat import FeatureExtractor, Features, PromptEmbedding, capture
+from diffeat.naming import find_activations
 from shared_core.errors import InputError
 
 __all__ = ["Context", "Inputs", "Patch", "Recipe", "Technique"]
@@ -96,6 +97,8 @@ class Patch:
     Attributes:
         prompt: Text, texts, or an embedding. The last one counts.
         residuals: Function of (x_t, time, embedding): a ControlNet's residuals, which add up.
+        residuals_key: What tells them from others at the same latent, time and prompt; recipes
+            that share all of it compute them once a batch. ``None`` does not share.
         adapters: Weights of loaded adapters by name.
         x_t: Another noisy latent, or a function of the finished `Context` that returns one; the
             functions run last, in order, each from what the one before gave.
@@ -108,6 +111,7 @@ class Patch:
 
     prompt: Any = None
     residuals: ResidualsOf | None = None
+    residuals_key: Any = None
     adapters: Mapping[str, float] = field(default_factory=dict)
     x_t: Any = None
     added: Mapping[str, Any] = field(default_factory=dict)
@@ -133,16 +137,35 @@ class Context:
     ) -> None:  # fmt: skip
         self.fx, self.inputs, self.t, self.prompt = fx, inputs, t, prompt
         self.seed, self.draw, self.time = seed, draw, t
-        self.noise = fx.make_noise(inputs.latents, noise, ids=inputs.ids, seed=seed, draw=draw)
-        self.x_t: Tensor = inputs.latents
-        if self.noise is not None:
-            self.x_t = fx.schedule.add_noise(inputs.latents, self.noise, t)
+        self.noise: Tensor | None
+        self.noise, self.x_t = self._start(noise)
+        self._common = isinstance(noise, str)
         self.guidance, self.ensemble = 1.0, 1
         self.adapters: dict[str, float] = {}
         self._residuals: list[ResidualsOf] = []
+        self._keys: list[Any] = []
         self._added: dict[str, Any] = {}
         self._kwargs: dict[str, Any] = {}
         self._starts: list[Any] = []
+
+    def _start(self, noise: Any) -> tuple[Tensor | None, Tensor]:
+        """Noise and noisy latent; recipes on the same batch share both."""
+        fx, inputs = self.fx, self.inputs
+
+        def make() -> tuple[Tensor | None, Tensor]:
+            drawn = fx.make_noise(
+                inputs.latents, noise, ids=inputs.ids, seed=self.seed, draw=self.draw
+            )
+            if drawn is None:
+                return None, inputs.latents
+            return drawn, fx.schedule.add_noise(inputs.latents, drawn, self.t)
+
+        if not isinstance(noise, str):
+            return make()
+        found: tuple[Tensor | None, Tensor] = inputs.once(
+            ("start", noise, self.seed, self.draw, self.t), make
+        )
+        return found
 
     def merge(self, patch: Patch) -> None:
         """Take over what a technique changes."""
@@ -150,6 +173,7 @@ class Context:
             self.prompt = patch.prompt
         if patch.residuals is not None:
             self._residuals.append(patch.residuals)
+            self._keys.append(patch.residuals_key)
         self.adapters.update(patch.adapters)
         self._added.update(patch.added)
         self._kwargs.update(patch.backbone_kwargs)
@@ -189,6 +213,12 @@ class Context:
         found: dict[str, Any] = {}
         if self._residuals:
             found["residuals"] = self._sum
+            if self._common and x is self.x_t and not self._starts and None not in self._keys:
+                key = ("residuals", id(x), id(embedding), *self._keys)
+                # The embedding is kept, so that no other one takes its place in memory.
+                found["residuals"] = lambda x, time, words: self.inputs.once(
+                    (*key, time), lambda: (embedding, self._sum(x, time, words))
+                )[1]
         kwargs = dict(self._kwargs)
         if self._added:
             kwargs["added_cond_kwargs"] = {**added_conditions(self.fx, x, embedding), **self._added}
@@ -228,6 +258,16 @@ class Context:
             free = self.fx.predict(x, t, empty, **self._arguments(x, empty)).float()
             output = free + self.guidance * (output - free)
         return output
+
+    def run_and_estimate(self, layers: Any) -> tuple[Features, Tensor]:
+        """What `run` and `clean_estimate` give, from one forward where one is enough."""
+        if self.guidance != 1:  # the last forward is then that of the empty prompt
+            return self.run(layers), self.clean_estimate()
+        with capture(self.fx.backbone, layers, stop=False) as cap:
+            clean = self.clean_estimate()
+        dtype = self.fx.dtype
+        maps = {name: value.to(dtype) for name, value in cap.features.items()}
+        return Features(maps, cap.features.infos), clean
 
     def clean_estimate(self) -> Tensor:
         """The clean latents that one prediction at x_t implies."""
@@ -399,16 +439,29 @@ class Recipe:
                 sums[name] = sums[name] + value.float() if name in sums else value.float()
         return Features({n: (v / ctx.ensemble).to(fx.dtype) for n, v in sums.items()}, infos)
 
+    def features_and_estimate(
+        self, fx: FeatureExtractor, opened: Session, inputs: Inputs, *, layers: Any,
+        **options: Any,
+    ) -> tuple[Features, Tensor]:  # fmt: skip
+        """`features`, and the clean latents of `Context.clean_estimate`, in one forward."""
+        self._warn(fx, layers)
+        ctx = self.conditioned(fx, opened, inputs, **options)
+        if ctx.ensemble == 1:
+            return ctx.run_and_estimate(layers)
+        return self.features(fx, opened, inputs, layers=layers, **options), ctx.clean_estimate()
+
     def _warn(self, fx: FeatureExtractor, layers: Any) -> None:
         if not any(t.controls for t in self.techniques):
             return
-        names = fx.layers if layers is None else layers
-        out_of_reach = [
+        names = [
             name
-            for name in names
+            for name in (fx.layers if layers is None else layers)
             if name not in ("attn", "vae-out") and not name.startswith("module:")
-            and find_activation(fx.backbone, name).stage in ("down", "mid")
-        ]  # fmt: skip
+        ]
+        if not names:
+            return
+        infos = find_activations(fx.backbone, names)
+        out_of_reach = [info.name for info in infos if info.stage in ("down", "mid")]
         if out_of_reach:
             warnings.warn(
                 "control acts on skip connections and after the mid block, so it does not change "

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from diffeat._maps import LIMIT, spied
 from diffeat.features import Features
-from diffeat.naming import ActivationInfo, find_activations, list_activations, unwrap
+from diffeat.naming import (
+    ActivationInfo,
+    activations_by_name,
+    find_activations,
+    list_activations,
+    unwrap,
+)
 from diffeat.selection import ATTENTION, VAE, Layers, Selection
 from shared_core.errors import InputError
 
@@ -56,13 +62,17 @@ class Capture:
                 "a compiled model cannot be stopped halfway; pass stop=False, or the model itself "
                 "(model._orig_mod)"
             )
-        self.names = tuple(n for n in Selection.parse(layers).resolve(self.model) if n != VAE)
+        selection = Selection.parse(layers)
+        known: dict[str, ActivationInfo] = {}
+        if not all(item.startswith("module:") for item in selection.items):
+            known = activations_by_name(self.model)
+        self.names = tuple(n for n in selection.resolve(self.model, known) if n != VAE)
         if not self.names:
             raise InputError(f"{VAE} is the extractor's own; a model alone cannot give it")
         self.stop, self.detach, self.dtype, self.device = stop, detach, dtype, device
         self.heads, self.limit = heads, None if allow_large else LIMIT
         self.on_complete = on_complete
-        infos = find_activations(self.model, [n for n in self.names if n != ATTENTION])
+        infos = find_activations(self.model, [n for n in self.names if n != ATTENTION], known)
         self._attention = attention_sources(self.model) if ATTENTION in self.names else []
         self.sources = list({i.name: i for i in [*infos, *self._attention]}.values())
         self._refuse_fused()

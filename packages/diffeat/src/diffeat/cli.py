@@ -307,8 +307,8 @@ def demo(
 ) -> None:
     """Train small diffusion U-Nets on shapes, measure all their activations and rank them.
 
-    Three seeds, or one with --quick. Nothing is downloaded. The first model stays in OUT/backbone
-    for the other commands.
+    Three seeds, each with a process of its own, or one with --quick. Nothing is downloaded. The
+    first model stays in OUT/backbone for the other commands.
     """
     import time
     from dataclasses import asdict, replace
@@ -329,21 +329,18 @@ def demo(
         distributions=["diffeat", "diffusers"],
     )  # fmt: skip
     started = time.perf_counter()
-    runs, first = [], None
-    for number in range(seed, seed + settings.seeds):
-        with progress(total=settings.steps, description="training", unit="step") as bar:
+    total = settings.seeds * settings.steps
+    with progress(total=total, description="training", unit="step") as bar:
 
-            def told(step: int, loss: float, number: int = number, bar: Any = bar) -> None:
-                run.log(seed=number, step=step, loss=loss)
-                bar.update()
+        def told(place: int, step: int, loss: float) -> None:
+            run.log(seed=seed + place, step=step, loss=loss)
+            bar.update()
+            if bar.n == total:
+                say("measuring and probing")
 
-            fx = the_demo.train_backbone(settings, seed=number, device=chosen, progress=told)
-        say(f"measuring and probing seed {number}")
-        one = settings if first is None else replace(settings, timesteps=(50,))
-        runs.append(the_demo.look_into(fx, one, seed=number, device=chosen))
-        first = first or fx
-    assert first is not None
-    the_demo.save_backbone(first, run.path / "backbone")
+        runs, first = the_demo.run_seeds(
+            settings, seed, run.path / "backbone", device=chosen, told=told
+        )
     result = the_demo.combine(runs)
     if plots:
         for name, figure in the_demo.figures(first, result, seed).items():

@@ -6,7 +6,7 @@ probed: how noisy and how fine it is, and how well a linear classifier reads the
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffeat._workers import run_beside
 from diffeat.extractor import FeatureExtractor
 from diffeat.measure import hf_ratio, locality, noise_ratio, pca_image
 from diffeat.naming import list_activations
@@ -38,6 +39,8 @@ __all__ = [
     "look_into",
     "measure_depth",
     "run_probes",
+    "run_seed",
+    "run_seeds",
     "save_backbone",
     "shapes_data",
     "train_backbone",
@@ -357,6 +360,53 @@ def look_into(
         },
         "mean": mean,
     }
+
+
+def run_seed(
+    job: tuple[DemoSettings, int, Path | None, str], told: Callable[..., None]
+) -> dict[str, Any]:
+    """Train one seed's network and look into it; see `run_seeds`.
+
+    Args:
+        job: Settings, seed, where to save the network, device.
+        told: Told every step and its loss.
+    """
+    settings, seed, folder, device = job
+    fx = train_backbone(settings, seed=seed, device=device, progress=told)
+    if folder is not None:
+        save_backbone(fx, folder)
+    return look_into(fx, settings, seed=seed, device=device)
+
+
+def run_seeds(
+    settings: DemoSettings,
+    seed: int,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    told: Callable[..., None] = lambda place, step, loss: None,
+) -> tuple[list[dict[str, Any]], FeatureExtractor]:
+    """Train and look into the networks of all seeds; on a CPU in processes beside each other.
+
+    Args:
+        settings: The settings.
+        seed: The first.
+        folder: Where the first network is saved.
+        device: Where to compute.
+        told: Told the number of the run, its step and its loss.
+
+    Returns:
+        What `look_into` gave for each seed, and the first network.
+    """
+    later = replace(settings, timesteps=(50,))
+    jobs = [
+        (later if i else settings, seed + i, None if i else folder, str(device))
+        for i in range(settings.seeds)
+    ]
+    runs = run_beside(run_seed, jobs, told, alone=torch.device(device).type != "cpu")
+    fx = load_backbone(folder)
+    fx.backbone.to(device)
+    return runs, fx
 
 
 def combine(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -389,12 +389,12 @@ class FeatureExtractor:
             layers: Other layers than the extractor's.
             stop: End the forward after the last of them.
         """
-        names = self._layers if layers is None else Selection.parse(layers).resolve(self.backbone)
-        wanted = [name for name in names if name != VAE]
-        given = self._arguments(x_t, t, prompt, class_labels, added, residuals, backbone_kwargs)
+        items = self._layers if layers is None else Selection.parse(layers).items
+        wanted = [item for item in items if item != VAE]
         if not wanted:
             return Features({})
         cap = Capture(self.backbone, wanted, stop=stop, detach=not self._training)
+        given = self._arguments(x_t, t, prompt, class_labels, added, residuals, backbone_kwargs)
         with nullcontext() if self._training else torch.no_grad(), cap:
             self.backbone(**given)
         return cap.features

@@ -8,7 +8,7 @@ so that nothing here imports diffusers.
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -297,11 +297,22 @@ _listed: WeakKeyDictionary[nn.Module, tuple[list[int], dict[str, ActivationInfo]
 
 
 def _all(model: nn.Module) -> list[ActivationInfo]:
-    return list(_by_name(model).values())
+    return list(activations_by_name(model).values())
 
 
-def _by_name(model: nn.Module) -> dict[str, ActivationInfo]:
-    """Every activation; listed anew only when a module was added, replaced or removed."""
+def activations_by_name(model: nn.Module) -> dict[str, ActivationInfo]:
+    """Every activation; listed anew only when a module was added, replaced or removed.
+
+    To see that, each call walks over all modules: what needs the result twice, keeps it.
+
+    Raises:
+        UnsupportedBackbone: If the model's class is not known.
+
+    Example:
+        >>> from diffeat.presets import build_topology
+        >>> activations_by_name(build_topology("sd15"))["unet-out"].module_path
+        'conv_out'
+    """
     model = unwrap(model)
     modules = _tree(model)
     known = _listed.get(model)
@@ -408,11 +419,19 @@ def find_activation(model: nn.Module, name: str) -> ActivationInfo:
     return find_activations(model, [name])[0]
 
 
-def find_activations(model: nn.Module, names: Sequence[str]) -> list[ActivationInfo]:
-    """The activations with exactly these names; see `find_activation`."""
-    found: dict[str, ActivationInfo] = {}
-    if not all(name.startswith("module:") for name in names):
-        found = _by_name(model)
+def find_activations(
+    model: nn.Module, names: Sequence[str], known: Mapping[str, ActivationInfo] | None = None
+) -> list[ActivationInfo]:
+    """The activations with exactly these names; see `find_activation`.
+
+    Args:
+        model: A backbone.
+        names: The names.
+        known: What `activations_by_name` gave, if it is at hand.
+    """
+    found = {} if known is None else known
+    if known is None and not all(name.startswith("module:") for name in names):
+        found = activations_by_name(model)
     infos = []
     for name in names:
         if name.startswith("module:"):

@@ -13,7 +13,7 @@ from typing import Union
 from torch import nn
 
 from diffeat.errors import ActivationNotFound
-from diffeat.naming import find_activation, list_activations, unwrap
+from diffeat.naming import ActivationInfo, activations_by_name, find_activation, unwrap
 from shared_core.errors import InputError
 
 __all__ = ["ATTENTION", "VAE", "Layers", "Selection"]
@@ -78,12 +78,18 @@ class Selection:
             return cls(tuple(name for name, wanted in layers.items() if wanted))
         return cls(tuple(layers))
 
-    def resolve(self, model: nn.Module) -> tuple[str, ...]:
+    def resolve(
+        self, model: nn.Module, known: Mapping[str, ActivationInfo] | None = None
+    ) -> tuple[str, ...]:
         """The names that this selects in a model, in order of execution.
 
         ``attn`` and ``vae-out`` come last; ``module:`` addresses in the order of `items` before
         them. Patterns never match the additional names (see `list_activations`) nor maps, unless
         they end in ``-map``.
+
+        Args:
+            model: A backbone.
+            known: What `diffeat.naming.activations_by_name` gave, if it is at hand.
 
         Raises:
             ActivationNotFound: If a name or pattern matches nothing.
@@ -96,7 +102,7 @@ class Selection:
         model = unwrap(model)
         if all(item.startswith("module:") for item in self.items):
             return tuple(find_activation(model, item).name for item in self.items)
-        everything = list_activations(model, maps=True, extra=True)
+        everything = list((activations_by_name(model) if known is None else known).values())
         order = {info.name: info.order for info in everything}
         patterns = [i.name for i in everything if not i.extra and i.source != "map"]
         maps = [i.name for i in everything if i.source == "map"]

@@ -163,7 +163,7 @@ def train(
     alpha: Annotated[float | None, typer.Option("--alpha", help="Confidence weight.")] = None,
     beta: Annotated[float | None, typer.Option("--beta", help="Gap weight.")] = None,
     k: Annotated[
-        float | None, typer.Option("--k", help="Tail: a share of the batch, or a number from 1.")
+        float | None, typer.Option("--k", help="Tail: a share of the batch, or a number from 2.")
     ] = None,
     margin: Annotated[float | None, typer.Option("--margin", help="Margin of the gap.")] = None,
     tau: Annotated[
@@ -199,6 +199,9 @@ def train(
         float | None, typer.Option("--weight-decay", help="Weight decay.")
     ] = None,
     image_size: Annotated[int | None, typer.Option("--image-size", help="Pixels per side.")] = None,
+    validation: Annotated[
+        float | None, typer.Option("--validation-share", help="Share of ID images held out.")
+    ] = None,
     official_transforms: Annotated[
         bool, typer.Option("--official-transforms", help="The authors' crop, scale 0.5 to 2.")
     ] = False,
@@ -222,7 +225,8 @@ def train(
 
     Example: edge-ood train --preset coco-r50 --id coco:DATA --oe OUTLIERS
     """
-    from edge_ood.train import TrainSettings
+    from edge_ood.settings import TrainSettings
+    from edge_ood.train import read_log
     from edge_ood.train import train as run_training
     from shared_core.device import select_device
     from shared_core.run import RunFolder
@@ -251,6 +255,7 @@ def train(
         "lr": lr,
         "weight_decay": weight_decay,
         "image_size": image_size,
+        "validation": validation,
         "official_transforms": official_transforms or None,
         "dtype": dtype,
         "compile": compile_model or None,
@@ -271,19 +276,11 @@ def train(
     if plots:
         from edge_ood.plots import plot_training
 
-        run.save_figure("training", plot_training({settings.loss: run_log(run.path)}))
+        run.save_figure("training", plot_training({settings.loss: read_log(run.path)}))
     percent = {k: round(100 * v, 2) for k, v in metrics["validation_mAP"].items()}
     rows = [{"loss": settings.loss, **{f"validation mAP % ({k})": v for k, v in percent.items()}}]
     text = f"{format_table(rows)}\n\n{run.path}: best, last (detectors), metrics.json"
     show_result({"out": str(run.path), **metrics}, text, as_json=as_json)
-
-
-def run_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
-    import json
-
-    text = (folder / "log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 @command(app, "select-oe")
@@ -572,8 +569,8 @@ def list_all(
 
     from edge_ood.presets import PRESETS
     from edge_ood.scorers import list_scorers
+    from edge_ood.settings import LOSSES
     from edge_ood.sources import KINDS
-    from edge_ood.train import LOSSES
     from shared_core.device import select_device
     from shared_core.run import RunFolder
 

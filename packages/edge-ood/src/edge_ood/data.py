@@ -103,7 +103,7 @@ def check_disjoint(
 
     Raises:
         InputError: If they overlap, unless `on_overlap` is ``warn``; if ``path`` is asked for
-            samples that are not paths.
+            samples that are not paths; if a file is not there.
 
     Example:
         >>> check_disjoint([torch.zeros(2)], [torch.ones(2)], how="sha1")
@@ -112,8 +112,15 @@ def check_disjoint(
     if how not in ("path", "sha1"):
         raise InputError(f"how is {how!r}; accepted: 'path', 'sha1'")
     key = _path_key if how == "path" else _content_key
-    ours = {key(sample): index for index, sample in enumerate(first)}
-    shared = {k for sample in second if (k := key(sample)) in ours}
+    samples, others = list(enumerate(first)), list(second)
+    if how == "sha1":
+        # Files of different sizes differ, and need not be read.
+        sizes = {_file_size(sample) for _, sample in samples}
+        sizes &= {_file_size(sample) for sample in others}
+        samples = [(i, sample) for i, sample in samples if _file_size(sample) in sizes]
+        others = [sample for sample in others if _file_size(sample) in sizes]
+    ours = {key(sample): index for index, sample in samples}
+    shared = {k for sample in others if (k := key(sample)) in ours}
     if shared:
         example = min(ours[k] for k in shared)
         message = (
@@ -130,6 +137,16 @@ def _path_key(sample: Any) -> str:
     if not isinstance(sample, str | os.PathLike):
         raise InputError(f"a {type(sample).__name__} has no path; compare contents with how='sha1'")
     return str(Path(sample).resolve())
+
+
+def _file_size(sample: Any) -> int | None:
+    """The size of a file; of other samples nothing."""
+    if not isinstance(sample, str | os.PathLike):
+        return None
+    try:
+        return os.path.getsize(sample)
+    except OSError as error:
+        raise InputError(f"{sample} cannot be read ({error.strerror})") from error
 
 
 def _content_key(sample: Any) -> bytes:

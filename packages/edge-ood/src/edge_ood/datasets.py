@@ -211,9 +211,11 @@ class NUSWideMultiLabel(MultiLabelImages):
 
     Args:
         list_file: One image path a line, under `root`; backslashes are taken for slashes.
-        label_file: One line an image, a 0 or 1 for each concept.
+        label_file: One line an image, a 0 or 1 for each concept; or the published folder with a
+            file of one column for each concept, ``Labels_<concept>_Train.txt`` (or ``_Test``, as
+            the name of `list_file` begins).
         root: The folder of the images.
-        class_names: Names of the concepts; by default their numbers.
+        class_names: Names of the concepts; by default those of the files, or their numbers.
         transform: Of each PIL image.
 
     Attributes:
@@ -234,22 +236,37 @@ class NUSWideMultiLabel(MultiLabelImages):
     ) -> None:
         names = _need(Path(list_file)).read_text(encoding="utf-8").split("\n")
         names = [n.strip().replace("\\", "/") for n in names if n.strip()]
-        lines = _need(Path(label_file)).read_text(encoding="utf-8").strip().split("\n")
-        try:
-            table = torch.tensor([[float(v) for v in line.split()] for line in lines])
-        except ValueError as error:
-            raise InputError(f"{label_file} is no table of 0 and 1 ({error})") from error
-        if table.ndim != 2 or len(table) != len(names):
-            raise InputError(
-                f"{list_file} names {len(names)} images, {label_file} has {len(lines)} rows"
-            )
+        if _need(Path(label_file)).is_dir():
+            split = "Test" if Path(list_file).name.startswith("Test") else "Train"
+            files = sorted(Path(label_file).glob(f"Labels_*_{split}.txt"))
+            if not files:
+                raise InputError(f"there is no Labels_<concept>_{split}.txt in {label_file}")
+            columns = [_numbers(file, len(names), list_file) for file in files]
+            if any(column.shape[1] != 1 for column in columns):
+                raise InputError(f"a file in {label_file} has more than one number a line")
+            table = torch.cat(columns, dim=1)
+            found = [f.name.removeprefix("Labels_").removesuffix(f"_{split}.txt") for f in files]
+        else:
+            table = _numbers(Path(label_file), len(names), list_file)
+            found = [str(i) for i in range(table.shape[1])]
         if not bool(((table == 0) | (table == 1)).all()):
             raise InputError(f"{label_file} holds other numbers than 0 and 1")
         keep = table.any(1)
         self.dropped = int((~keep).sum())
         images = [Path(root) / n for n, kept in zip(names, keep.tolist(), strict=True) if kept]
-        columns = class_names or [str(i) for i in range(table.shape[1])]
-        super().__init__(images, table[keep], columns, transform)
+        super().__init__(images, table[keep], class_names or found, transform)
+
+
+def _numbers(file: Path, rows: int, list_file: str | os.PathLike[str]) -> Tensor:
+    """A text file's table of numbers, one row for each line of the list."""
+    lines = file.read_text(encoding="utf-8").strip().split("\n")
+    try:
+        table = torch.tensor([[float(v) for v in line.split()] for line in lines])
+    except ValueError as error:
+        raise InputError(f"{file} is no table of 0 and 1 ({error})") from error
+    if table.ndim != 2 or len(table) != rows:
+        raise InputError(f"{list_file} names {rows} images, {file} has {len(lines)} rows")
+    return table
 
 
 class FolderMultiLabel(MultiLabelImages):

@@ -8,6 +8,7 @@ Everything here reads logits alone, so it fits any model and any kind of data.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from edge_ood._closed_form import ClosedForm, Weights, can_use_closed_form
 from edge_ood._gather import gather_rows, is_distributed
 from edge_ood.energy import joint_energy, label_energies
 from shared_core.errors import InputError
@@ -81,9 +83,7 @@ def energy_gap(
         >>> gap, active
         (tensor(0.1250), tensor(0.2500))
     """
-    if implementation == "auto":
-        implementation = "pairwise" if tail.numel() * outliers.numel() <= _PAIRS else "sorted"
-    if implementation == "pairwise":
+    if _is_pairwise(implementation, tail.numel() * outliers.numel()):
         hinge = F.relu(outliers[:, None] - tail + margin)
         return hinge.mean(), (hinge.detach() > 0).to(hinge.dtype).mean()
     # Prefix sums cancel; in float64 they do so far below float32's precision (MPS has none).
@@ -152,34 +152,54 @@ def edge_loss(
     _check_logits(logits_id, targets, logits_oe)
     with torch.autocast(logits_id.device.type, enabled=False):
         z, y = _wide(logits_id), targets.to(_wide(logits_id).dtype)
-        join = gather and is_distributed()
-        if id_loss is not None:
-            l_id = id_loss(z, y)
-        elif join:
-            per_sample = F.binary_cross_entropy_with_logits(z, y, reduction="none").mean(1)
-            l_id = gather_rows(per_sample).mean()
-        else:
-            l_id = F.binary_cross_entropy_with_logits(z, y)
-        zero = torch.zeros_like(l_id)
-        if logits_oe is None or (len(logits_oe) == 0 and not join):
-            return EdgeLossOutput(l_id, l_id.detach(), zero, zero, 0, zero)
-        outliers = joint_energy(_wide(logits_oe))
-        if join:
-            outliers = gather_rows(outliers)
-        if len(outliers) == 0:
-            return EdgeLossOutput(l_id, l_id.detach(), zero, zero, 0, zero)
-        l_conf = outliers.mean() / z.shape[1]
-        loss = l_id + alpha * l_conf
-        if not gap or beta == 0:
-            return EdgeLossOutput(loss, l_id.detach(), l_conf.detach(), zero, 0, zero)
-        energies = joint_energy(z)
-        tail_energies = energies if gap_mask == "all" else (label_energies(z) * (y > 0)).sum(1)
-        if join:
-            energies, tail_energies = gather_rows(energies), gather_rows(tail_energies)
-        n_tail = tail_size(k, len(energies))
-        lowest = energies.detach().topk(n_tail, largest=False, sorted=False).indices
-        l_gap, active = energy_gap(tail_energies[lowest], outliers, margin, gap_impl)
-        loss = loss + beta * l_gap
+        outliers = None if logits_oe is None else _wide(logits_oe)
+        settings = alpha, beta if gap else 0.0, k, margin, id_loss, gap_mask, gap_impl
+        formulas = partial(_formulas, y=y, settings=settings, join=gather and is_distributed())
+        as_published = id_loss is None and gap_mask == "all" and not gather
+        if not (as_published and settings[1] > 0 and outliers is not None and len(outliers)):
+            return formulas(z, outliers)
+        if not can_use_closed_form(z, outliers):
+            return formulas(z, outliers)
+        n_tail = tail_size(k, len(z))
+        pairwise = _is_pairwise(gap_impl, n_tail * len(outliers))
+        weights = Weights(alpha, beta, n_tail, margin, pairwise)
+        values = ClosedForm.apply(z, y, outliers, weights, lambda *z: formulas(*z).loss)
+        loss, l_id, l_conf, l_gap, active = values
+    return EdgeLossOutput(loss, l_id, l_conf, l_gap, n_tail, active)
+
+
+def _formulas(
+    z: Tensor, logits_oe: Tensor | None, *, y: Tensor, settings: tuple[Any, ...], join: bool
+) -> EdgeLossOutput:
+    """The loss as it is written; `join` makes one batch of those of all processes."""
+    alpha, beta, k, margin, id_loss, gap_mask, gap_impl = settings
+    if id_loss is not None:
+        l_id = id_loss(z, y)
+    elif join:
+        per_sample = F.binary_cross_entropy_with_logits(z, y, reduction="none").mean(1)
+        l_id = gather_rows(per_sample).mean()
+    else:
+        l_id = F.binary_cross_entropy_with_logits(z, y)
+    zero = torch.zeros_like(l_id)
+    if logits_oe is None or (len(logits_oe) == 0 and not join):
+        return EdgeLossOutput(l_id, l_id.detach(), zero, zero, 0, zero)
+    outliers = joint_energy(logits_oe)
+    if join:
+        outliers = gather_rows(outliers)
+    if len(outliers) == 0:
+        return EdgeLossOutput(l_id, l_id.detach(), zero, zero, 0, zero)
+    l_conf = outliers.mean() / z.shape[1]
+    loss = l_id + alpha * l_conf
+    if beta == 0:
+        return EdgeLossOutput(loss, l_id.detach(), l_conf.detach(), zero, 0, zero)
+    energies = joint_energy(z)
+    tail_energies = energies if gap_mask == "all" else (label_energies(z) * (y > 0)).sum(1)
+    if join:
+        energies, tail_energies = gather_rows(energies), gather_rows(tail_energies)
+    n_tail = tail_size(k, len(energies))
+    lowest = energies.detach().topk(n_tail, largest=False, sorted=False).indices
+    l_gap, active = energy_gap(tail_energies[lowest], outliers, margin, gap_impl)
+    loss = loss + beta * l_gap
     return EdgeLossOutput(loss, l_id.detach(), l_conf.detach(), l_gap.detach(), n_tail, active)
 
 
@@ -318,6 +338,10 @@ def check_settings(
         raise InputError(f"gap_mask is {gap_mask!r}; accepted: 'all', 'positives'")
     if gap_impl not in ("auto", "pairwise", "sorted"):
         raise InputError(f"gap_impl is {gap_impl!r}; accepted: 'auto', 'pairwise', 'sorted'")
+
+
+def _is_pairwise(implementation: GapImplementation, pairs: int) -> bool:
+    return implementation == "pairwise" or (implementation == "auto" and pairs <= _PAIRS)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from edge_ood.data import check_disjoint
 from edge_ood.datasets import STD, eval_transform, train_transform
 from edge_ood.detector import CONFIG, OODDetector
 from edge_ood.evaluate import open_array, score_array
@@ -93,6 +94,7 @@ def score_source(
         official = official_transforms
         transform = train_transform(size, official=True) if official else eval_transform(size)
         data = _images(source, split, transform, columns, seed, detector.class_names)
+        _check_unseen(data.images, reference.get("oe"), source)
         loader = DataLoader(data, batch_size=batch_size)
         device = device or torch.device("cpu")
         model = detector.model.to(device)
@@ -171,8 +173,18 @@ def _images(
     return load_outliers(source, split, transform, seed=seed, image_column=image_column)
 
 
+def _check_unseen(images: Sequence[Any], outliers: str | None, source: str) -> None:
+    """Warn if some of the images trained the model as outliers, which would flatter its scores."""
+    if not isinstance(images[0], Path) or outliers is None or not Path(outliers).is_dir():
+        return
+    names = source, f"the outliers {outliers}, which trained this model,"
+    trained_on = load_outliers(outliers).images
+    if not check_disjoint(images, trained_on, names=names, on_overlap="warn"):
+        check_disjoint(images, trained_on, "sha1", names=names, on_overlap="warn")
+
+
 def _reference(checkpoint: Path) -> dict[str, Any]:
-    """What training kept beside the detector: held-out logits, class counts, image size."""
+    """What training kept beside the detector: held-out logits, class counts, size, outliers."""
     path = Path(checkpoint) / REFERENCE
     return dict(load_state(path)) if path.is_file() else {}
 

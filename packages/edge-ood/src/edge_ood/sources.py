@@ -38,7 +38,8 @@ def load_id(
 
     Args:
         source: ``shapes`` (embedded); ``voc:FOLDER``; ``coco:FOLDER`` with ``train2014``,
-            ``val2014`` and ``annotations``; ``nuswide:FOLDER`` with ``TrainImagelist.txt``,
+            ``val2014`` and ``annotations``; ``nuswide:FOLDER``, the published ``ImageList``,
+            ``Groundtruth/TrainTestLabels`` and ``Flickr``, or ``TrainImagelist.txt``,
             ``TrainLabels.txt`` (and Test) and ``images``; ``folder:FILE``, a CSV file or a folder
             with ``train.csv`` and ``test.csv``; ``hf:ID``, a hub id or a parquet file.
         split: ``train`` or ``test``; for ``hf:`` in the syntax of `datasets`.
@@ -71,8 +72,13 @@ def load_id(
         return CocoMultiLabel(path / year, file, **options)
     if kind == "nuswide":
         name = _NUSWIDE.get(split, split)
-        lists = path / f"{name}Imagelist.txt", path / f"{name}Labels.txt"
-        return NUSWideMultiLabel(*lists, path / "images", **options)
+        listed, labels = path / f"{name}Imagelist.txt", path / f"{name}Labels.txt"
+        images = path / "images"
+        if (path / "ImageList").is_dir():  # as it is published
+            listed = path / "ImageList" / listed.name
+            labels = path / "Groundtruth/TrainTestLabels"
+            images = path / "Flickr"
+        return NUSWideMultiLabel(listed, labels, images, **options)
     if kind == "folder":
         return FolderMultiLabel(path, split, class_names=class_names, **options)
     return HFMultiLabel(

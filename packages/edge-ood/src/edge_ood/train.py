@@ -1,9 +1,9 @@
 """Training a detector from the command line's settings, with resume, on one device or several."""
 
-import math
+import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from edge_ood.data import PairedLoader, check_disjoint
 from edge_ood.datasets import MultiLabelImages, UnlabelledImages, eval_transform, train_transform
 from edge_ood.detector import OODDetector
 from edge_ood.loop import collect, train_edge
-from edge_ood.loss import EdgeLoss, check_settings
+from edge_ood.loss import EdgeLoss
 from edge_ood.losses import (
     AsymmetricLoss,
     DistributionBalancedLoss,
@@ -26,149 +26,13 @@ from edge_ood.losses import (
 )
 from edge_ood.metrics import multilabel_map
 from edge_ood.models import MultiLabelModel, create_model, model_from_spec
-from edge_ood.presets import get_preset
+from edge_ood.settings import TrainSettings
 from edge_ood.sources import load_id, load_outliers
 from shared_core.device import seed_everything, select_dtype
 from shared_core.errors import InputError, MissingExtraError
 from shared_core.run import RunFolder, save_state
 
-__all__ = ["LOSSES", "CyclingSampler", "TrainSettings", "create_loss", "train"]
-
-LOSSES = ("edge", "conf", "gap", "bce", "focal", "asl", "db", "oe", "energy")
-WITH_OUTLIERS = ("edge", "conf", "gap", "oe", "energy")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything a run depends on; ``config.json`` holds it.
-
-    Attributes:
-        id: ID images; see `edge_ood.sources.load_id`.
-        oe: Outliers to train on; see `edge_ood.sources.load_outliers`.
-        model: See `edge_ood.models.create_model`.
-        pretrained: Whether the backbone begins with its library's weights.
-        head_hidden: See `edge_ood.models.MultiLabelHead`.
-        loss: One of `LOSSES`.
-        alpha: α.
-        beta: β.
-        k: Size of the tail.
-        margin: m.
-        tau: Transform epoch.
-        gap_mask: ``all`` or ``positives``.
-        gather: Whether several processes form one batch for the loss.
-        sync_bn: Whether BatchNorm takes its statistics over all processes.
-        fsdp: Whether to shard the parameters over the processes (FSDP2) in place of DDP.
-        forward_mode: ``joint`` or ``separate``.
-        epochs: Passes over the ID images.
-        batch_size: ID images per step, over all processes.
-        oe_batch_size: OE images per step, over all processes.
-        optimizer: ``sgd`` (with Nesterov), ``adam`` or ``adamw``.
-        lr: Learning rate; the largest under OneCycle.
-        backbone_lr: That of the backbone, if another.
-        momentum: Of SGD.
-        weight_decay: Weight decay.
-        schedule: ``onecycle`` or ``constant``.
-        image_size: Pixels per side.
-        validation: Share of the ID training images held out, to choose the best epoch by mAP and to
-            calibrate the threshold.
-        recall: Share of held-out ID images that the threshold keeps.
-        official_transforms: The crop of the authors' code.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        channels_last: Memory format of images and weights.
-        compile: Whether to compile the model.
-        image_column: For ``hf:`` sources.
-        label_column: For ``hf:`` sources.
-        workers: Processes that load images.
-        seed: Of everything random.
-    """
-
-    id: str
-    oe: str | None = None
-    model: str = "small_cnn"
-    pretrained: bool = False
-    head_hidden: int | None = None
-    loss: str = "edge"
-    alpha: float = 1.0
-    beta: float = 0.1
-    k: int | float = 0.25
-    margin: float = 0.0
-    tau: int | float = 0.5
-    gap_mask: str = "all"
-    gather: bool = False
-    sync_bn: bool = False
-    fsdp: bool = False
-    forward_mode: str = "joint"
-    epochs: int = 20
-    batch_size: int = 128
-    oe_batch_size: int = 128
-    optimizer: str = "adamw"
-    lr: float = 3e-3
-    backbone_lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 1e-2
-    schedule: str = "onecycle"
-    image_size: int = 32
-    validation: float = 0.1
-    recall: float = 0.95
-    official_transforms: bool = False
-    dtype: str = "float32"
-    channels_last: bool = True
-    compile: bool = False
-    image_column: str = "image"
-    label_column: str = "labels"
-    workers: int = 0
-    seed: int = 2024
-
-    def __post_init__(self) -> None:
-        for name, accepted in (
-            ("loss", LOSSES),
-            ("optimizer", ("sgd", "adam", "adamw")),
-            ("schedule", ("onecycle", "constant")),
-            ("forward_mode", ("joint", "separate")),
-            ("gap_mask", ("all", "positives")),
-        ):
-            if getattr(self, name) not in accepted:
-                raise InputError(
-                    f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}"
-                )
-        for name in ("epochs", "batch_size", "oe_batch_size", "image_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "momentum", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or above")
-        if not 0 < self.validation < 1 or not 0 < self.recall <= 1:
-            raise InputError(
-                f"validation={self.validation}, recall={self.recall}; accepted: (0, 1) and (0, 1]"
-            )
-        check_settings(self.alpha, self.beta, self.k, self.margin)
-        if self.with_outliers and self.oe is None:
-            raise InputError(f"the loss {self.loss} trains on outliers: give --oe")
-
-    @property
-    def with_outliers(self) -> bool:
-        """Whether the loss reads outliers."""
-        return self.loss in WITH_OUTLIERS
-
-    @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> "TrainSettings":
-        """The settings of a preset with `changes` that are not ``None``; the backbone pretrained.
-
-        Raises:
-            InputError: If there is no such preset, or the ID images are not given.
-
-        Example:
-            >>> TrainSettings.from_preset("coco-r50", id="coco:data", oe="textures").lr
-            0.1
-        """
-        preset = get_preset(name)
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in asdict(preset).items() if k in known}
-        values |= {"pretrained": True, "dtype": "auto"}
-        values |= {k: v for k, v in changes.items() if v is not None}
-        if "id" not in values:
-            raise InputError(f"{name} needs your images: --id {preset.id_kind}:FOLDER")
-        return cls(**values)
+__all__ = ["CyclingSampler", "create_loss", "read_log", "train"]
 
 
 def create_loss(settings: TrainSettings, class_counts: Tensor, n_train: int) -> nn.Module:
@@ -340,7 +204,9 @@ class _Run:
             self.outliers = load_outliers(s.oe, "train", augment, seed=s.seed, **columns)
             ours, theirs = full.images, self.outliers.images
             if isinstance(ours[0], Path) and isinstance(theirs[0], Path):
-                check_disjoint(ours, theirs, names=("the ID set", "the OE set"))
+                names = "the ID set", "the OE set"
+                check_disjoint(ours, theirs, "path", names=names)
+                check_disjoint(ours, theirs, "sha1", names=names)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         s = self.settings
@@ -564,7 +430,7 @@ def _validate(parts: _Run) -> tuple[float, Tensor]:
     )
     present = out.targets.any(0)
     if not bool(present.any()):
-        raise InputError("no held-out image has a label; raise --validation")
+        raise InputError("no held-out image has a label; raise --validation-share")
     return multilabel_map(out.logits[:, present], out.targets[:, present]), out.logits
 
 
@@ -576,14 +442,17 @@ def _save_detector(parts: _Run, run: RunFolder, name: str, logits: Tensor) -> No
     detector.calibrate(logits, parts.settings.recall).save(run.path / name)
     save_state(
         run.path / name / "reference.safetensors",
-        {"logits": logits, "class_counts": parts.counts, "size": parts.settings.image_size},
+        {
+            "logits": logits,
+            "class_counts": parts.counts,
+            "size": parts.settings.image_size,
+            "oe": parts.settings.oe if parts.settings.with_outliers else None,
+        },
     )
 
 
 def _check_same(settings: TrainSettings, run: RunFolder) -> None:
     """Refuse to resume with other settings than the run began with."""
-    import json
-
     try:
         config = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
         saved = config["settings"]
@@ -595,3 +464,16 @@ def _check_same(settings: TrainSettings, run: RunFolder) -> None:
                 f"--resume: {run.path} was begun with {name}={saved.get(name)!r}, not {value!r}; "
                 "give the same options, or another --out"
             )
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, one an epoch.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> RunFolder(folder).log(step=1, loss=0.5)
+        >>> read_log(folder)
+        [{'step': 1, 'loss': 0.5}]
+    """
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internet_neg._parallel import gather_counts, gather_rows, is_parallel, own_share
+from internet_neg._parallel import gather_counts, gather_rows, own_share
 from internet_neg.encoders import DualEncoder
 from shared_core.errors import InputError
+from shared_core.parallel import is_parallel
 from shared_core.run import load_state, progress, save_state
 
 __all__ = ["features_in_parts", "text_features"]

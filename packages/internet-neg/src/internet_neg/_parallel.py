@@ -1,39 +1,10 @@
 """What several processes share: their parts of a computation, and the rows that come of them."""
 
-import contextlib
-import os
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_counts", "gather_rows", "is_parallel", "own_share", "process_group"]
-
-
-def is_parallel() -> bool:
-    """Whether several processes run."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[bool]:
-    """The process group of a launcher such as torchrun, if one started this process.
-
-    Args:
-        device: Where this process computes.
-
-    Yields:
-        Whether this process is the one that reports.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
-        yield not is_parallel() or dist.get_rank() == 0
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()
+__all__ = ["gather_counts", "gather_rows", "own_share"]
 
 
 def own_share(n: int) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,15 +88,16 @@ def _class_names(classes: Path | None, id_images: str | None) -> list[str]:
 
 
 def _device(name: str) -> Any:
-    """The device; of several processes, each takes its own GPU."""
+    """The device; of several processes, each takes its own GPU unless one is named."""
     import torch
 
     from shared_core.device import select_device
+    from shared_core.parallel import launched
 
     device = select_device(name)
-    if device.type == "cuda" and ":" not in name and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+    if device.type == "cuda" and ":" not in name:
+        device = torch.device("cuda")
+    return launched(device).device
 
 
 def _encoder(model: str | None, pretrained: str | None, device: str) -> Any:
@@ -126,7 +126,7 @@ def demo(
 ) -> None:
     """Train a mini-CLIP on shapes, then tell unknown shapes and colors from known ones.
 
-    Nothing is downloaded. About two and a half CPU minutes; the mini-CLIP stays in --out, so that
+    Nothing is downloaded. About two CPU minutes; the mini-CLIP stays in --out, so that
     a second run takes seconds. --quick trains for 60 steps and shows that everything works, not
     how well.
     Exit code 1 if InterNeg is not ahead of NegLabel and NegLabel of MCM, in the means.
@@ -219,10 +219,10 @@ def negatives(
     Example: internet-neg negatives --model vit-b16 --id-images shots/ --out my-detector
     """
     from internet_neg._inputs import labelled_images, read_proxies, read_vocabulary
-    from internet_neg._parallel import process_group
     from internet_neg.benchmark import default_groups
     from internet_neg.config import InterNegConfig
     from internet_neg.detector import InterNegDetector
+    from shared_core.parallel import join_processes
     from shared_core.run import RunFolder, atomic_path
 
     names = _class_names(classes, id_images)
@@ -244,9 +244,9 @@ def negatives(
     elif id_images is not None:
         images, labels, _ = labelled_images(id_images, "train", names)
         source = list(zip(images, labels, strict=True))
-    with process_group(encoder.device) as reports:
+    with join_processes(encoder.device) as here:
         # Made before the long work, which should not fail for a folder's sake; by one process.
-        run = RunFolder(out or Path("runs/internet-neg/detector")) if reports else None
+        run = RunFolder(out or Path("runs/internet-neg/detector")) if here.first else None
         detector.fit(source, sync=True)
     if run is None:
         return
@@ -430,10 +430,10 @@ def evaluate(
     Example: internet-neg eval --model vit-b16 --id test/ --id-images shots/ --ood dtd=dtd/images
     """
     from internet_neg._inputs import read_lines, read_vocabulary
-    from internet_neg._parallel import process_group
     from internet_neg.benchmark import Settings, prepare_benchmark, run_benchmark
     from internet_neg.evaluate import CONVENTIONS
     from internet_neg.plots import plot_bank, plot_margins, plot_roc
+    from shared_core.parallel import join_processes
     from shared_core.run import RunFolder
 
     if preset is not None:
@@ -453,9 +453,9 @@ def evaluate(
     encoder = _encoder(model or ("vit-b16" if preset else None), pretrained, device)
     wanted = [m.strip() for m in methods.split(",") if m.strip()]
     vocabulary = read_vocabulary(vocab, wordnet_dir, exclude)
-    with process_group(encoder.device) as reports:
+    with join_processes(encoder.device) as here:
         run = None
-        if reports:
+        if here.first:
             run = RunFolder(out or Path("runs/internet-neg") / f"eval-{preset or 'own'}")
             run.write_config("internet-neg eval", {"model": encoder.source, **settings.describe()})
         prepared = prepare_benchmark(encoder, settings, wanted, vocabulary, cache, sync=True)

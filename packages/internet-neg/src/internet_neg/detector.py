@@ -14,19 +14,21 @@ from torch import Tensor
 from internet_neg._checks import check_classnames, check_embeddings, normalize
 from internet_neg._features import text_features
 from internet_neg._outputs import NegativeText, OODOutput
-from internet_neg._parallel import gather_counts, gather_rows, is_parallel
+from internet_neg._parallel import gather_counts, gather_rows
 from internet_neg._saving import read_description, read_state, write_detector
+from internet_neg._sources import resolve_proxies, resolve_vocabulary
 from internet_neg.bank import NegativeBank
 from internet_neg.config import InterNegConfig
 from internet_neg.encoders import DualEncoder
 from internet_neg.errors import InterNegError, NotFittedError
 from internet_neg.inversion import InversionTemplates, imagenet_templates, invert_images
-from internet_neg.proxies import ProxyBuilder, embed_images, stream_proxies
+from internet_neg.proxies import embed_images
 from internet_neg.score import Score, group_negatives, score_with_groups
 from internet_neg.selection import admissible, deviation, select_negatives
 from internet_neg.vocabulary import Vocabulary
 from shared_core.data.prompts import fill
 from shared_core.device import select_dtype
+from shared_core.parallel import is_parallel
 from shared_core.run import progress
 
 __all__ = ["InterNegDetector", "NegativeText", "OODOutput"]
@@ -117,7 +119,7 @@ class InterNegDetector:
         self._scale = self.encoder.scale
         T = normalize(self._texts(config.class_prompt, self.classnames))
         P = self._proxies(source, T, unlabelled, sync)
-        every = self._vocabulary()
+        every = resolve_vocabulary(self.vocabulary)
         left, self.removed_words = every.without(self.classnames, config.dedup)
         parts = []
         for prompt, words, kept in (
@@ -230,45 +232,12 @@ class InterNegDetector:
         assert self.encoder is not None
         return text_features(self.encoder, fill(prompt, words), self.cache_dir, sync=sync)
 
-    def _vocabulary(self) -> Vocabulary:
-        if isinstance(self.vocabulary, str):
-            if self.vocabulary != "wordnet":
-                raise InterNegError(
-                    f"vocabulary {self.vocabulary!r}; accepted: wordnet, a Vocabulary (from_file "
-                    "reads one), or words"
-                )
-            return Vocabulary.wordnet()
-        if isinstance(self.vocabulary, Vocabulary):
-            return self.vocabulary
-        return Vocabulary(tuple(self.vocabulary))
-
     def _proxies(self, source: Any, T: Tensor, unlabelled: Any, sync: bool = False) -> Tensor:
         assert self.encoder is not None
-        if isinstance(source, str) and source == "text":
-            warnings.warn(
-                "no images of the known classes: their texts stand in as proxies, which makes the "
-                "choice of negatives intra-modal",
-                stacklevel=3,
-            )
-            return T
-        if isinstance(source, str) and source == "stream":
-            if unlabelled is None:
-                raise InterNegError("source='stream' needs unlabelled images")
-            warnings.warn(
-                "no labelled images: confident images of the stream stand in as proxies",
-                stacklevel=3,
-            )
-            return stream_proxies(self._embed(unlabelled), T, self.encoder.scale)
-        if isinstance(source, Tensor):
-            return self._checked("proxies", source, T)
-        builder = ProxyBuilder(
-            self.encoder,
-            self.classnames,
-            shots=self.config.shots,
-            seed=self.config.seed,
-            sync=sync,
+        found = resolve_proxies(
+            self.encoder, self.classnames, self.config, source, T, unlabelled, sync
         )
-        return self._checked("proxies", builder.build(source), T)
+        return T if found is T else self._checked("proxies", found, T)
 
     def _checked(self, name: str, x: Tensor, beside: Tensor | None = None) -> Tensor:
         check_embeddings(name, x, None if beside is None else beside.shape[1])

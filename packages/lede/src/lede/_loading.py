@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lede.cost import CostModel
 from lede.decoding import SelfSpeculativeDecoder
+from lede.experience import ExperienceTable
 from lede.presets import DATASETS, get_preset
 from shared_core.device import seed_everything, select_device, select_dtype
 from shared_core.errors import InputError
@@ -71,8 +73,11 @@ def load_decoder(
     dtype: str,
     seed: int,
     device: str,
+    **options: Any,
 ) -> tuple[SelfSpeculativeDecoder, Any, Tensor, Tensor]:
     """Decoder, tokenizer, prompt ids and their mask on the device, from a command's options.
+
+    Further `options` go to the decoder.
 
     Raises:
         InputError: If something cannot be loaded or no exits are named.
@@ -83,9 +88,19 @@ def load_decoder(
     loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
     if not (exits or own):
         raise InputError("say where to exit: --exit-layers 2,4 or a --preset")
-    decoder = SelfSpeculativeDecoder(loaded, exits or own or (), max_draft=max_draft)
+    decoder = SelfSpeculativeDecoder(loaded, exits or own or (), max_draft=max_draft, **options)
     ids, mask = tokenize(tokenizer, lines)
     return decoder, tokenizer, ids.to(chosen), mask.to(chosen)
+
+
+def load_experience(folder: Path) -> tuple[ExperienceTable, CostModel]:
+    """Table and cost that ``lede collect`` wrote.
+
+    Raises:
+        InputError: If they are missing or damaged.
+    """
+    table = ExperienceTable.load(folder / "experience.safetensors")
+    return table, CostModel.load(folder / "cost.json")
 
 
 def load_prompts(source: str, count: int | None = None) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lede.adapters import LayerRunner
 from lede.cache import RaggedCache
+from lede.compiled import CompiledRunner
 from lede.features import confidence_features
 from lede.policies import EMA_START, Observation, Policy, chance, updated_ema
 from lede.stats import DecodeStats, Round
@@ -61,7 +62,7 @@ class Rounds:
 
     def __init__(
         self,
-        runner: LayerRunner,
+        runner: LayerRunner | CompiledRunner,
         policy: Policy,
         exits: Sequence[int],
         max_draft: int,
@@ -89,15 +90,27 @@ class Rounds:
         self.done = self.n >= max_length
         self.ema = np.full(rows, EMA_START)
         self.last_accepted = np.zeros(rows)
-        self.stats = DecodeStats(runner.depth)
+        self.tokens_made = 0
+        self._told: list[np.ndarray] = []  # a row per round, as `Round`
         capacity = max_length + max_draft + 1
-        self.cache = RaggedCache(runner.depth, capacity, static=static_cache)
+        self.cache = (
+            runner.cache(rows, capacity)
+            if isinstance(runner, CompiledRunner)
+            else RaggedCache(runner.depth, capacity, static=static_cache)
+        )
         self._shadow: dict[int, list[Tensor]] = {}
+        self._unseen = np.full((rows, 3), np.nan)
         policy.reset(rows, self.exits, runner.depth, max_draft)
         if width > 1:
             head = prompt[:, :-1].to(runner.device)
             frame = runner.frame(np.zeros(rows, dtype=np.int64), width - 1, padding, self.cache)
             runner.run(runner.embed(head), 0, runner.depth, frame, self.cache)
+
+    @property
+    def stats(self) -> DecodeStats:
+        """What was done so far."""
+        log = [Round(*row) for told in self._told for row in told.tolist()]
+        return DecodeStats(self.runner.depth, self.tokens_made, log=log)
 
     def _pass(self, hidden: Tensor, first: int, last: int, starts: np.ndarray) -> Tensor:
         """Run layers first..last, noting the hidden states at candidates if a policy asks."""
@@ -130,7 +143,7 @@ class Rounds:
     def _look(self, hidden: Tensor, layer: int, drafts: Sequence[Tensor], head: bool) -> Look:
         """What a policy may see of an exit: probe and, if wanted, distribution; one small copy."""
         normed = self.runner.normalize(hidden[:, -1:])
-        look = Look(normed, np.full((len(self.n), 3), np.nan))
+        look = Look(normed, self._unseen)
         parts = []
         if head:
             look.scores = self._processed(self.runner.head(normed)[:, -1], drafts)
@@ -168,7 +181,7 @@ class Rounds:
         chain: np.ndarray,
     ) -> Observation:
         rows = len(self.n)
-        features = np.full((rows, 3), np.nan) if look is None else look.features
+        features = self._unseen if look is None else look.features
         return Observation(
             rows=np.arange(rows),
             layer=np.full(rows, layer),
@@ -292,6 +305,7 @@ class Rounds:
         limit = self.policy.max_drafts(np.arange(rows), np.full(rows, layer))
         limit = np.minimum(limit, budget)
         wants = ~self.done
+        least = max(1.0, self.min_active * float(wants.sum()))
         prefix, chain = np.ones(rows), np.ones(rows)
         decides = self.policy.uses_features
         while True:
@@ -301,8 +315,9 @@ class Rounds:
                 break
             if look is None:
                 look = self._look(hidden, layer, drafts, self.policy.needs_head and decides)
-                self._heads[wants] += self.policy.needs_head and decides
-                self._looks[wants] += decides
+                if decides:
+                    self._heads += wants & self.policy.needs_head
+                    self._looks += wants
             if decides:
                 seen = self._observe(look, layer, index, agree, prefix, chain)
                 asked = np.flatnonzero(wants)
@@ -311,25 +326,26 @@ class Rounds:
                     break
             if look.scores is None:
                 self._run_head(look, drafts)
-                self._heads[wants] += 1
+                self._heads += wants
             assert look.scores is not None
             assert look.top is not None
             if len(self.eos) and not self.sample:
                 # A right end of text is committed by the verification itself, so it is not drafted.
                 # When sampling, stopping because of the token drawn would bias the output.
                 wants &= ~np.isin(np.asarray(look.top_host), self.eos)
-            if wants.sum() < max(1, self.min_active * (~self.done).sum()):
+            if wants.sum() < least:
                 break
             if self.sample:
                 q.append(torch.softmax(look.scores, -1))
                 token = torch.multinomial(q[-1], 1, generator=self.generator)[:, 0]
             else:
                 token = look.top
-            prefix = prefix * look.features[:, 0]
-            if look.probe is not None:
-                chain = chain * chance(look.probe[:, 0])
+            if decides:
+                prefix = prefix * look.features[:, 0]
+                if look.probe is not None:
+                    chain = chain * chance(look.probe[:, 0])
             drafts.append(token)
-            passes[wants] += 1
+            passes += wants
             hidden = self.runner.embed(token[:, None].to(self.runner.device))
             hidden = self._pass(hidden, 0, layer, self.n - 1 + index)
             states.append(hidden)
@@ -364,19 +380,15 @@ class Rounds:
         self.n[active] += count[active]
         self.done[active] |= self.n[active] >= self.max_length
         kept = np.minimum(accepted, count)
-        self.stats.tokens += int(count[active].sum())
-        columns = (before - self.prompt, passes, kept, done.heads, done.looks)
-        self.stats.log += [
-            Round(row, position, done.layer, *counts)
-            for row, position, *counts in zip(
-                active.tolist(), *(c[active].tolist() for c in columns), strict=True
-            )
-        ]
+        self.tokens_made += int(count[active].sum())
+        at, layer = before - self.prompt, np.full_like(passes, done.layer)
+        columns = (rows, at, layer, passes, kept, done.heads, done.looks)
+        self._told.append(np.stack(columns, 1)[active])
         drafted = passes - 1
         self.ema[active] = updated_ema(self.ema, accepted, drafted)[active]
         self.last_accepted[active] = accepted[active] / self.max_draft
-        told = None if shadow is None else shadow[active]
-        self.policy.end_round(active, accepted[active], drafted[active], told)
+        shares = None if shadow is None else shadow[active]
+        self.policy.end_round(active, accepted[active], drafted[active], shares)
 
     def _stopped(self, row: int, length: int) -> bool:
         ids = torch.from_numpy(self.tokens[row : row + 1, :length]).to(self.runner.device)

@@ -5,6 +5,7 @@ number counts layers already applied: exit 8 has run the layers 0 to 7.
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,6 +42,7 @@ class LayerRunner:
         self.model = whole
         self.config: Any = whole.config
         self.base: Any = whole.model
+        self.embedding: Any = whole.model.embed_tokens
         self.depth = int(whole.config.num_hidden_layers)
         self.layers = list(whole.model.layers[: self.depth])
         self.windows = self._windows()
@@ -57,6 +59,11 @@ class LayerRunner:
                 "model.set_attn_implementation('sdpa')"
             )
         self._eager = attention == "eager"
+
+    @property
+    def additive(self) -> torch.dtype | None:
+        """The dtype of masks that are added to the scores; ``None`` where they are boolean."""
+        return self.embedding.weight.dtype if self._eager else None
 
     def _windows(self) -> list[int | None]:
         window = getattr(self.config, "sliding_window", None)
@@ -76,10 +83,10 @@ class LayerRunner:
     @property
     def device(self) -> torch.device:
         """Where token ids enter."""
-        weight: Tensor = self.base.embed_tokens.weight
-        if weight.device.type == "meta":  # accelerate brings offloaded weights when they are called
-            return torch.device(self.base.embed_tokens._hf_hook.execution_device)
-        return weight.device
+        device: torch.device = self.embedding.weight.device
+        if device.type == "meta":  # accelerate brings offloaded weights when they are called
+            return torch.device(self.embedding._hf_hook.execution_device)
+        return device
 
     @property
     def vocab_size(self) -> int:
@@ -90,13 +97,12 @@ class LayerRunner:
         self, starts: np.ndarray, width: int, padding: np.ndarray, cache: RaggedCache
     ) -> Frame:
         """The frame of a pass of `width` tokens per row that begin at the slots `starts`."""
-        additive = self.base.embed_tokens.weight.dtype if self._eager else None
         length = cache.capacity if cache.static else None
-        return Frame(starts, width, padding, self.device, additive, length)
+        return Frame(starts, width, padding, self.device, self.additive, length)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of token ids: [B, k] int64 to [B, k, C]."""
-        embedded: Tensor = self.base.embed_tokens(ids)
+        embedded: Tensor = self.embedding(ids)
         return embedded
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> dict[str | None, Any]:
@@ -113,11 +119,35 @@ class LayerRunner:
         if key not in frame._masks:
             frame._masks[key] = self.rotary(hidden, frame.positions)  # type: ignore[assignment]
         rotary: Any = frame._masks[key]
+        masks = {window: frame.mask(window) for window in set(self.windows[first:last])}
+        return self.apply(hidden, first, last, masks, frame.positions, rotary, cache)
+
+    def apply(
+        self,
+        hidden: Tensor,
+        first: int,
+        last: int,
+        masks: Mapping[int | None, Tensor | None],
+        positions: Tensor,
+        rotary: Mapping[str | None, Any],
+        cache: Any,
+    ) -> Tensor:
+        """Call the layers ``first .. last - 1`` with everything they need.
+
+        Args:
+            hidden: [B, k, C].
+            first: First layer.
+            last: The layer after the last one.
+            masks: By the layer's window.
+            positions: [B, k].
+            rotary: Cosines and sines, by type of layer.
+            cache: Whose ``update`` the layers call.
+        """
         for i in range(first, last):
             hidden = self.layers[i](
                 hidden,
-                attention_mask=frame.mask(self.windows[i]),
-                position_ids=frame.positions,
+                attention_mask=masks[self.windows[i]],
+                position_ids=positions,
                 position_embeddings=rotary[self.layer_types[i]],
                 **{self._cache_name: cache},
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lede.cost import CostModel
 from lede.decoding import SelfSpeculativeDecoder
-from lede.policies import ConfidencePolicy, Policy, StaticPolicy
+from lede.policies import AutoregressivePolicy, ConfidencePolicy, Policy, StaticPolicy
 from lede.stats import DecodeStats, Round
 from shared_core.device import synchronize
 from shared_core.run import progress
@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 Contender = Callable[[Tensor], tuple[Tensor, DecodeStats | None]]
+
+NO_DRAFTS = "our loop, no drafts"
 
 
 def generate_with(decoder: SelfSpeculativeDecoder, policy: Policy, **settings: Any) -> Contender:
@@ -147,6 +149,9 @@ def speedups(
 ) -> dict[str, dict[str, Any]]:
     """Tokens per second and their ratio to the reference's, with a 95 % interval over prompts.
 
+    Also the ratio to our loop without drafts: plain decoding with our cache, compiled where the
+    rounds are.
+
     The time of a prompt is the median of its repeats. With a cost model, also the speedup in
     counted cost, of loops that are ours.
     """
@@ -165,6 +170,10 @@ def speedups(
             "values": (found[reference].seconds.sum(1) / one.seconds.sum(1)).tolist(),
             "same_tokens": one.same,
         }
+        if NO_DRAFTS in found:
+            out[name]["over_no_drafts"] = float(
+                np.median(found[NO_DRAFTS].seconds, 0).sum() / taken.sum()
+            )
         if one.stats:
             total = DecodeStats(one.stats[0].depth, log=one.log)
             if cost is not None:
@@ -184,16 +193,19 @@ def usual_contenders(
     learned: Policy | None = None,
     **settings: Any,
 ) -> dict[str, Contender]:
-    """Plain ``generate``, ``assistant_early_exit``, a static pair, a threshold, the learned policy.
+    """Plain ``generate``, ``assistant_early_exit``, our plain loop, and our policies.
+
+    These are none, a static pair, a threshold, and the learned one.
 
     Args:
-        decoder: Ours.
+        decoder: Ours; compiled or not.
         pair: Exit and drafts of the static rounds, ours and the library's.
         learned: A trained policy.
         settings: For ``generate``.
     """
     settings = {"do_sample": False, **settings}
     ours: dict[str, Policy] = {
+        NO_DRAFTS: AutoregressivePolicy(),
         f"static {pair[0]},{pair[1]}": StaticPolicy(*pair),
         "confidence threshold 0.4": ConfidencePolicy(pair[0], 0.4),
     }
@@ -213,6 +225,7 @@ def bench_rows(policies: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
             "policy": name,
             "tokens/s": f"{p['tokens_per_second']:.1f}",
             "speedup": f"{p['speedup']:.2f}",
+            "over no drafts": f"{p['over_no_drafts']:.2f}" if "over_no_drafts" in p else "",
             "95 %": "{:.2f} to {:.2f}".format(*p["interval"]),
             "counted": f"{p['counted']:.2f}" if "counted" in p else "",
             "same tokens": str(p["same_tokens"]),

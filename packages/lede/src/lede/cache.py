@@ -7,13 +7,52 @@ nothing: a rejected entry is never seen again and its slot is overwritten.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Frame", "RaggedCache"]
+__all__ = ["Frame", "RaggedCache", "visible"]
+
+
+def visible(
+    slots: Tensor,
+    padding: Tensor,
+    length: int,
+    window: int | None,
+    additive: torch.dtype | None = None,
+) -> Tensor:
+    """What tokens may see: the keys up to their own slot, of their window, and no padding.
+
+    Args:
+        slots: Where the tokens stand, int64, shape [B, k].
+        padding: Left padding of each row, shape [B].
+        length: Keys, S.
+        window: Sliding window in tokens; ``None`` for full attention.
+        additive: Give a mask to be added to the scores, in this dtype, instead of a boolean one.
+
+    Returns:
+        Mask of shape [B, 1, k, S].
+
+    Example:
+        >>> visible(torch.tensor([[1, 2]]), torch.tensor([1]), 4, None)[0, 0].int()
+        tensor([[0, 1, 0, 0],
+                [0, 1, 1, 0]], dtype=torch.int32)
+    """
+    keys = torch.arange(length, device=slots.device)
+    queries = slots[:, :, None]
+    seen = keys <= queries
+    if window is not None:
+        seen = seen & (keys > queries - window)
+    # A padding token sees itself: attention over nothing would be NaN.
+    seen = (seen & ((keys >= padding[:, None, None]) | (keys == queries)))[:, None]
+    if additive is None:
+        return seen
+    hidden = torch.finfo(additive).min
+    nothing = torch.zeros(seen.shape, dtype=additive, device=slots.device)
+    return nothing.masked_fill(~seen, hidden)
 
 
 @dataclass
@@ -55,10 +94,19 @@ class Frame:
         self.start: int | None = first if bool((self.starts == first).all()) else None
         self.end = int(self.starts.max()) + self.width
         self.padded = bool(self.padding.any())
-        slots = self.starts[:, None] + np.arange(self.width)
-        self.slots = torch.from_numpy(slots).to(self.device)
-        positions = np.maximum(slots - self.padding[:, None], 0)
-        self.positions = torch.from_numpy(positions).to(self.device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Where the tokens stand, [B, k]."""
+        return torch.from_numpy(self.starts[:, None] + np.arange(self.width)).to(self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Their positions without the padding, [B, k]."""
+        if not self.padded:
+            return self.slots
+        positions = self.starts[:, None] + np.arange(self.width) - self.padding[:, None]
+        return torch.from_numpy(np.maximum(positions, 0)).to(self.device)
 
     def mask(self, window: int | None) -> Tensor | None:
         """What each token may see: shape [B, 1, k, S], or ``None`` where the library's own does.
@@ -77,22 +125,8 @@ class Frame:
         causal = self.width == 1 or (self.start == 0 and self.additive is None)
         if plain and short and causal:
             return None
-        keys = torch.arange(slots, device=self.device)
-        queries = self.slots[:, :, None]
-        seen = (
-            (keys <= queries) if window is None else (keys <= queries) & (keys > queries - window)
-        )
-        if self.padded:
-            padding = torch.from_numpy(self.padding).to(self.device)[:, None, None]
-            # A padding token sees itself: attention over nothing would be NaN.
-            seen = seen & ((keys >= padding) | (keys == queries))
-        seen = seen[:, None]
-        if self.additive is None:
-            return seen
-        hidden = torch.finfo(self.additive).min
-        return torch.zeros(seen.shape, dtype=self.additive, device=self.device).masked_fill(
-            ~seen, hidden
-        )
+        padding = torch.from_numpy(self.padding).to(self.device)
+        return visible(self.slots, padding, slots, window, self.additive)
 
 
 class RaggedCache:

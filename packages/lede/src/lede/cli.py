@@ -42,6 +42,13 @@ PolicyName = Annotated[
     str | None, typer.Option("--policy", help="Folder or hub id of a trained policy.")
 ]
 Samples = Annotated[int | None, typer.Option("--num-samples", help="Prompts to take.", min=1)]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compiled layers over a static cache (on CUDA: CUDA graphs); see the card.",
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 
@@ -100,22 +107,11 @@ def demo(
     texts = [[chr(int(token)) for token in row] for row in first.test.tokens[:8]]
     rounds = simulate(first.test, first.choice.policy, first.cost).log
     _write_rounds(run, rounds, texts, settings.layers)
-    metrics = {
-        "policies": {the_demo.TITLES[k]: summary[k] for k in the_demo.TITLES if k in summary},
-        "segments": first.segments,
-        "segments_of_all_seeds": [r.segments for r in results],
-        "history": first.training.history,
-        "chosen": [r.choice.name for r in results],
-        "tried": [r.choice.tried for r in results],
-        "agreement_by_exit": [r.agreement for r in results],
-        "predicted_on_training_prompts": [r.training.rho for r in results],
-        "exit_quality": recipes,
-        "lossless": all(r.lossless for r in results),
-        "summary": {
-            "message": message,
-            "rows": rows,
-            "picture": "speedups.png" if plots else None,
-        },
+    metrics = the_demo.metrics(results, summary, recipes)
+    metrics["summary"] = {
+        "message": message,
+        "rows": rows,
+        "picture": "speedups.png" if plots else None,
     }
     run.write_metrics(metrics, timing={"seconds": time.perf_counter() - began})
     drawn = _draw(run) if plots else []
@@ -147,6 +143,7 @@ def generate(
     max_draft: MaxDraft = 12,
     max_new_tokens: NewTokens = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0: greedy.", min=0)] = 0.0,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     out: Out = None,
     seed: Seed = 0,
@@ -172,7 +169,9 @@ def generate(
     if not exits:
         raise InputError("say where to exit: --exit-layers 2,4, a --preset, or a --policy")
     decides = learned or StaticPolicy(exits[len(exits) // 2], min(num_draft, max_draft))
-    decoder = SelfSpeculativeDecoder(loaded, exits, max_draft=max_draft, policy=decides)
+    decoder = SelfSpeculativeDecoder(
+        loaded, exits, max_draft=max_draft, policy=decides, compile=compile
+    )
     ids, mask = tokenize(tokenizer, [prompt])
     settings: dict[str, Any] = {"do_sample": False}
     if temperature:
@@ -237,7 +236,7 @@ def collect(
     For a validation set, give other prompts and --probe-of the training experience.
     """
     import lede
-    from lede._loading import load_decoder
+    from lede._loading import load_decoder, load_experience
     from shared_core.run import RunFolder
 
     decoder, tokenizer, ids, mask = load_decoder(
@@ -253,7 +252,7 @@ def collect(
     common = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     eye, first = None, 0
     if probe_of is not None:
-        eye = _experience(probe_of)[0].probe
+        eye = load_experience(probe_of)[0].probe
     elif probe:
         first = len(ids) // 2
         if not first:
@@ -274,13 +273,6 @@ def collect(
     run.write_metrics(metrics)
     text = f"{metrics['tokens']} tokens of {len(table)} texts; best static pair here: {static}, "
     show_result(metrics, f"{text}{speedup:.2f} times\n{run.path}", as_json=as_json)
-
-
-def _experience(folder: Path) -> tuple[Any, Any]:
-    from lede import CostModel, ExperienceTable
-
-    table = ExperienceTable.load(folder / "experience.safetensors")
-    return table, CostModel.load(folder / "cost.json")
 
 
 @command(app, "train-policy")
@@ -305,11 +297,12 @@ def train_policy(
     beside the best static pair and threshold: it says so if one of these is faster.
     """
     import lede
+    from lede._loading import load_experience
     from shared_core.run import RunFolder
 
     config = lede.TrainConfig(algo=algo, target=target, steps=steps, seed=seed)
-    table, cost = _experience(experience)
-    held_out = _experience(validation)[0] if validation else table
+    table, cost = load_experience(experience)
+    held_out = load_experience(validation)[0] if validation else table
     run = RunFolder(out or Path("runs/lede/policy"))
     run.write_config(
         "lede train-policy",
@@ -349,8 +342,9 @@ def simulate(
     The static pair and the threshold are the best on this very experience, the oracle knows it.
     """
     import lede
+    from lede._loading import load_experience
 
-    table, cost = _experience(experience)
+    table, cost = load_experience(experience)
     entries: dict[str, Any] = {
         "best static pair": lede.best_static(table, cost)[0],
         "best threshold": lede.best_confidence(table, cost)[0],
@@ -442,6 +436,7 @@ def bench(
     max_new_tokens: NewTokens = 64,
     num_samples: Samples = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed turns.", min=1)] = 3,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     out: Out = None,
     seed: Seed = 0,
@@ -451,8 +446,9 @@ def bench(
 ) -> None:
     """Time policies in real decoding, greedy, one prompt at a time, in turns.
 
-    Beside plain generate: a static pair, transformers' assistant_early_exit with the same pair, a
-    confidence threshold, and the trained --policy. The interval is over prompts.
+    Beside plain generate: transformers' assistant_early_exit, our loop without drafts, a static
+    pair, a threshold, and the trained --policy. With --compile all that is ours is compiled, the
+    loop without drafts too. The interval is over prompts.
     """
     import lede
     from lede import bench as the_bench
@@ -462,20 +458,23 @@ def bench(
     learned = lede.QPolicy.from_pretrained(policy) if policy else None
     if learned is not None:
         exit_layers, max_draft = ",".join(map(str, learned.exits)), learned.longest
-    decoder, tokenizer, ids, mask = load_decoder(
-        prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype, seed, device
-    )
+    what = (prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype)
+    decoder, tokenizer, ids, mask = load_decoder(*what, seed, device, compile=compile)
     pair = _exits(static, (decoder.exits[len(decoder.exits) // 2], min(6, max_draft)))
     if len(pair) != 2 or pair[0] not in decoder.exits or not 1 <= pair[1] <= max_draft:
         raise InputError(f"--static {static}; give an exit of {decoder.exits} and 1 to {max_draft}")
     common = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     contenders = the_bench.usual_contenders(decoder, (pair[0], pair[1]), learned, **common)
     run = RunFolder(out or Path("runs/lede/bench"))
+    settings = {"model": model, "preset": preset, "policy": policy, "repeats": repeats}
     run.write_config(
         "lede bench",
-        {"model": model, "preset": preset, "policy": policy, "repeats": repeats, "seed": seed},
+        {**settings, "compile": compile, "seed": seed},
         distributions=["lede", "transformers"],
     )
+    if decoder.compiled is not None:
+        say("compiling every segment and width")
+        decoder.compiled.warm_up(1, ids.shape[1] + max_new_tokens)
     rows = [i[m > 0][None] for i, m in zip(ids, mask, strict=True)]
     device_used = decoder.runner.device
     found = the_bench.bench(contenders, rows, device_used, repeats=repeats, reference="generate")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lede._rounds import Rounds
 from lede.adapters import layer_runner
+from lede.compiled import CompiledRunner
 from lede.policies import Policy, StaticPolicy
 from lede.stats import DecodeStats
 from shared_core.errors import InputError
@@ -64,6 +65,9 @@ class SelfSpeculativeDecoder:
         policy: Who decides; by default a `StaticPolicy` at the middle candidate.
         cache: ``dynamic``: attention sees the filled part of the preallocated cache; ``static``:
             all of it, masked, so that shapes do not change.
+        compile: Run the layers as compiled graphs over a static cache (see `lede.compiled`); on
+            CUDA as CUDA graphs. A string names another backend of ``torch.compile``. The first
+            calls compile; a decoder keeps its graphs as long as batch size and rounded length stay.
         min_active: In a batch, drafting ends when fewer than this share of rows want more.
 
     Raises:
@@ -88,6 +92,7 @@ class SelfSpeculativeDecoder:
         max_draft: int = 12,
         policy: Policy | None = None,
         cache: str = "dynamic",
+        compile: bool | str = False,
         min_active: float = 0.5,
     ) -> None:
         self.model: Any = model
@@ -99,6 +104,10 @@ class SelfSpeculativeDecoder:
         if cache not in ("dynamic", "static"):
             raise InputError(f"cache={cache!r}; accepted: dynamic, static")
         self.static_cache = cache == "static"
+        self.compiled: CompiledRunner | None = None
+        if compile:
+            backend = compile if isinstance(compile, str) else "inductor"
+            self.compiled = CompiledRunner(self.runner, self.exits, max_draft, backend=backend)
         self.min_active = min_active
 
     def generate(
@@ -184,7 +193,7 @@ class SelfSpeculativeDecoder:
         self.model.eval()
         try:
             rounds = Rounds(
-                self.runner,
+                self.compiled or self.runner,
                 policy,
                 self.exits,
                 self.max_draft,
@@ -213,8 +222,9 @@ class SelfSpeculativeDecoder:
         width = int(rounds.n.max())
         past = np.arange(width) >= rounds.n[:, None]
         tokens = np.where(past, fill, rounds.tokens[:, :width])
-        rounds.stats.wall_s = time.perf_counter() - began
-        return torch.from_numpy(tokens).to(input_ids.device), rounds.stats
+        stats = rounds.stats
+        stats.wall_s = time.perf_counter() - began
+        return torch.from_numpy(tokens).to(input_ids.device), stats
 
 
 def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> np.ndarray:
@@ -265,6 +275,7 @@ def custom_generate(
     *,
     exit_layers: Sequence[int] | None = None,
     max_draft: int | None = None,
+    compile: bool | str = False,
 ) -> Callable[..., Any]:
     """A loop for ``model.generate(..., custom_generate=lede.custom_generate(policy))``.
 
@@ -275,6 +286,7 @@ def custom_generate(
         policy: Who decides.
         exit_layers: Candidates; by default the policy's own.
         max_draft: Longest draft; by default the policy's own, else 12.
+        compile: See `SelfSpeculativeDecoder`; the graphs are kept while the model is the same.
 
     Returns:
         A callable that returns token ids, or a `LedeOutput` with
@@ -299,8 +311,16 @@ def custom_generate(
     own_longest = int(getattr(policy, "longest", 12))
     longest = max_draft if max_draft else own_longest
 
+    made: list[SelfSpeculativeDecoder] = []
+
     def loop(model: Any, input_ids: Tensor, lede_streamer: Any = None, **given: Any) -> Any:
-        decoder = SelfSpeculativeDecoder(model, exits, max_draft=longest, policy=policy)
+        if not made or made[0].model is not model:
+            made[:] = [
+                SelfSpeculativeDecoder(
+                    model, exits, max_draft=longest, policy=policy, compile=compile
+                )
+            ]
+        decoder = made[0]
         sequences, stats = decoder._decode(input_ids, policy, lede_streamer, None, **given)
         if given["generation_config"].return_dict_in_generate:
             return LedeOutput(sequences, stats)

@@ -32,6 +32,7 @@ __all__ = [
     "compare_recipes",
     "experience",
     "make_model",
+    "metrics",
     "prompts",
     "run_seed",
     "summarize",
@@ -342,6 +343,25 @@ TITLES = {
     "delivered": "delivered (validation's choice)",
     "oracle": "oracle (ceiling)",
 }
+
+
+def metrics(
+    results: list[SeedResult], summary: dict[str, Any], recipes: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What goes into ``metrics.json``, beside the summary."""
+    first = results[0]
+    return {
+        "policies": {TITLES[k]: summary[k] for k in TITLES if k in summary},
+        "segments": first.segments,
+        "segments_of_all_seeds": [r.segments for r in results],
+        "history": first.training.history,
+        "chosen": [r.choice.name for r in results],
+        "tried": [r.choice.tried for r in results],
+        "agreement_by_exit": [r.agreement for r in results],
+        "predicted_on_training_prompts": [r.training.rho for r in results],
+        "exit_quality": recipes,
+        "lossless": all(r.lossless for r in results),
+    }
 
 
 def table(summary: dict[str, Any]) -> list[dict[str, Any]]:

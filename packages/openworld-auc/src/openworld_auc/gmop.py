@@ -131,6 +131,8 @@ class GMoP(nn.Module):
         Hua et al. (ICML 2025), the GMoP section; details as in the published code.
     """
 
+    _columns: Tensor
+
     CONFIG, WEIGHTS = "gmop.json", "contexts.safetensors"
 
     def __init__(
@@ -164,6 +166,11 @@ class GMoP(nn.Module):
                 PromptLearner(self.backbone, config.n_ctx_detector, generator=generator)
                 for _ in range(config.k)
             )
+        # Of each base class, its column in each detector's softmax; -1 where it is pseudo-new.
+        columns = torch.full((len(self.partition), len(self.base_classes)), -1)
+        for row, part in zip(columns, self.partition, strict=True):
+            row[list(part.pseudo_base)] = torch.arange(len(part.pseudo_base))
+        self.register_buffer("_columns", columns.to(self.backbone.scale.device), persistent=False)
         self._zero_shot = template_features(self.backbone, self.base_classes, config.template)
         self._tested: dict[str, Any] | None = None
 
@@ -278,16 +285,14 @@ class GMoP(nn.Module):
         ce = F.cross_entropy(base_logits, targets)
         gate_base, gate_new = self._gates(base_logits, new_logits, targets)
         warm, auc = ce.new_zeros(()), ce.new_zeros(())
-        for part, text in zip(parts, texts, strict=True):
-            column = torch.full((count,), -1, device=targets.device)
-            column[list(part.pseudo_base)] = torch.arange(
-                len(part.pseudo_base), device=targets.device
-            )
-            is_base = column[targets] >= 0
-            if is_base.all() or not is_base.any():
-                continue
+        # No branch on what the batch holds: a GPU would have to wait for each.
+        for k, text in zip(chosen if parts else (), texts, strict=True):
+            column = self._columns[k][targets]
+            is_base = column >= 0
+            has_pair = is_base.any() & ~is_base.all()
             detector = self._logits(features, text)
-            warm = warm + F.cross_entropy(detector[is_base], column[targets][is_base])
+            each = F.cross_entropy(detector, column.clamp(min=0), reduction="none")
+            warm = warm + torch.where(is_base & has_pair, each, 0).sum() / is_base.sum().clamp(1)
             auc = auc + gated_pairwise_auc_loss(
                 detector.softmax(1).amax(1),
                 is_base,

@@ -8,13 +8,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from openworld_auc._checks import check_choice
+from openworld_auc._parallel import join_batches
 from shared_core.errors import InputError
 
 __all__ = ["GatedPairwiseAUCLoss", "Surrogate", "gated_pairwise_auc_loss"]
 
 Surrogate = Literal["square", "squared_hinge", "logistic", "exponential"]
 SURROGATES = ("square", "squared_hinge", "logistic", "exponential")
-# From this many pairs on, the square loss is computed from sums instead of a matrix of pairs.
+# Where there can be more pairs, the square loss is computed from sums, not a matrix of pairs.
 MANY_PAIRS = 2**16
 
 
@@ -26,6 +27,7 @@ def gated_pairwise_auc_loss(
     surrogate: Surrogate = "square",
     margin: float = 1.0,
     reduction: Literal["mean", "sum"] = "mean",
+    sync: bool = False,
 ) -> Float[Tensor, ""]:
     """Surrogate of the pairs ranked wrong, each pair weighted by the gates of its two samples.
 
@@ -41,6 +43,10 @@ def gated_pairwise_auc_loss(
         surrogate: The loss of one pair.
         margin: Of the first two surrogates.
         reduction: ``mean`` over pairs, or ``sum``.
+        sync: Whether the batches of all processes of torch.distributed are one, with pairs across
+            them. Each process then has the loss of the joint batch, and the gradients that
+            DistributedDataParallel averages are those of one process with that batch. All of them
+            have to call.
 
     Raises:
         InputError: If shapes differ or a choice is not known.
@@ -63,16 +69,20 @@ def gated_pairwise_auc_loss(
     if weight is not None and weight.shape != scores.shape:
         raise InputError(f"weight has shape {list(weight.shape)}; accepted: {list(scores.shape)}")
     w = torch.ones_like(scores) if weight is None else weight
-    s, u = scores[is_positive], scores[~is_positive]
-    w, v = w[is_positive], w[~is_positive]
-    pairs = len(s) * len(u)
-    if pairs == 0:
-        return scores[:0].sum() + w[:0].sum()
-    if surrogate == "square" and pairs > MANY_PAIRS:
-        total = _square_from_moments(margin - s, u, w, v)
+    if sync:
+        scores, w = join_batches(torch.stack([scores, w], 1)).unbind(1)
+        is_positive = join_batches(is_positive)
+    # Masks in place of selections, whose sizes a GPU would have to tell the CPU first.
+    w, v = torch.where(is_positive, w, 0), torch.where(is_positive, 0, w)
+    if surrogate == "square" and len(scores) ** 2 > 4 * MANY_PAIRS:
+        total = _square_from_moments(margin - scores, scores, w, v)
     else:
-        total = (w[:, None] * v * _surrogate(s[:, None] - u, surrogate, margin)).sum()
-    return total / pairs if reduction == "mean" else total
+        is_pair = is_positive[:, None] & ~is_positive
+        z = torch.where(is_pair, scores[:, None] - scores, 0)
+        total = (w[:, None] * v * _surrogate(z, surrogate, margin)).sum()
+    if reduction == "sum":
+        return total
+    return total / (is_positive.sum() * (~is_positive).sum()).clamp(min=1)
 
 
 def _surrogate(z: Tensor, surrogate: str, margin: float) -> Tensor:
@@ -99,6 +109,7 @@ class GatedPairwiseAUCLoss(nn.Module):
         surrogate: The loss of one pair: square, squared_hinge, logistic or exponential.
         margin: Of the first two.
         reduction: ``mean`` over pairs, or ``sum``.
+        sync: Whether the batches of all processes are one; see `gated_pairwise_auc_loss`.
 
     Raises:
         InputError: If a choice is not known.
@@ -114,6 +125,7 @@ class GatedPairwiseAUCLoss(nn.Module):
         surrogate: Surrogate = "square",
         margin: float = 1.0,
         reduction: Literal["mean", "sum"] = "mean",
+        sync: bool = False,
     ) -> None:
         super().__init__()
         check_choice("surrogate", surrogate, SURROGATES)
@@ -121,6 +133,7 @@ class GatedPairwiseAUCLoss(nn.Module):
         self.surrogate: Surrogate = surrogate
         self.margin = margin
         self.reduction: Literal["mean", "sum"] = reduction
+        self.sync = sync
 
     def forward(
         self,
@@ -136,4 +149,5 @@ class GatedPairwiseAUCLoss(nn.Module):
             surrogate=self.surrogate,
             margin=self.margin,
             reduction=self.reduction,
+            sync=self.sync,
         )

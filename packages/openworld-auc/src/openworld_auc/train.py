@@ -20,6 +20,7 @@ from openworld_auc.gmop import GMoP
 from openworld_auc.report import OpenworldReport, openworld_report
 from shared_core.device import autocast, select_dtype
 from shared_core.errors import InputError
+from shared_core.parallel import is_first
 from shared_core.run import RunFolder, load_state, progress, save_state
 
 __all__ = ["GMoPTrainer", "TrainConfig", "extract_features"]
@@ -105,7 +106,7 @@ def extract_features(
     path = None
     if cache is not None:
         # One process reads all images for it; the others are told.
-        digest = _fingerprint(backbone, data, dtype) if parallel.is_first() else None
+        digest = _fingerprint(backbone, data, dtype) if is_first() else None
         digest = parallel.from_first(digest, torch.zeros(12, dtype=torch.uint8, device=device))
         path = cache / f"features-{bytes(digest.tolist()).hex()}.safetensors"
         if parallel.all_true(path.is_file(), device):
@@ -114,7 +115,7 @@ def extract_features(
     own = parallel.share(len(data))
     part = Subset(data, range(own.start, own.stop))
     loader: Any = DataLoader(part, batch_size=batch_size, num_workers=workers)
-    if parallel.is_first():
+    if is_first():
         loader = progress(loader, description="image features", unit="batch")
     features, labels = [], []
     for images, label in loader:
@@ -123,7 +124,7 @@ def extract_features(
         labels.append(torch.as_tensor(label))
     whole = torch.cat(features), torch.cat(labels).to(device)
     result = parallel.gather(whole[0], len(data)).cpu(), parallel.gather(whole[1], len(data)).cpu()
-    if path is not None and parallel.is_first():
+    if path is not None and is_first():
         save_state(path, {"features": result[0], "labels": result[1]})
     return result
 
@@ -233,11 +234,11 @@ class GMoPTrainer:
             generator.set_state(state["generator"])
             history = state["history"]
         features, labels = self.features.to(device), self.labels.to(device)
-        writes = self.run if parallel.is_first() else None
+        writes = self.run if is_first() else None
         if writes is not None:
             writes.truncate_log(len(history))
         epochs: Iterable[int] = range(len(history), config.epochs)
-        if parallel.is_first():
+        if is_first():
             epochs = progress(epochs, description="tuning prompts", unit="epoch")
         for epoch in epochs:
             model.train()

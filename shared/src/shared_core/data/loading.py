@@ -11,9 +11,11 @@ An embedded name wins over a folder of that name in the working folder; write ``
 Files and hub data are read by the `datasets` library, from the extra ``shared-core[data]``.
 """
 
+import contextlib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -275,26 +277,51 @@ def load_rows(
         import datasets
     except ImportError as error:
         raise MissingExtraError("shared-core", "data", "datasets") from error
+    if path is not None and path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path} is empty; accepted: a file with at least one row")
     try:
-        if path is None:
-            rows = datasets.load_dataset(str(source), split=split, **options)
-        elif path.is_dir():
-            rows = _load_folder(path, split, options)
-        else:
-            builder, defaults = _builder_of(path)
-            files = {re.split(r"[\[+]", split)[0]: str(path)}
-            rows = datasets.load_dataset(
-                builder, data_files=files, split=split, **{**defaults, **options}
-            )
+        with _quiet():
+            return _load(source, path, split, options)
     except InputError:
         raise
     # What `datasets` raises for a missing or broken source, an unknown split, or no connection.
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).strip() or repr(error)
         raise InputError(
             f"cannot load the split {split!r} of {source}: {reason.splitlines()[0]}"
         ) from error
-    return rows
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the page that `datasets` logs about a broken file, and without bars in a log file."""
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _load(
+    source: str | os.PathLike[str], path: Path | None, split: str, options: Mapping[str, Any]
+) -> Any:
+    import datasets
+
+    if path is None:
+        return datasets.load_dataset(str(source), split=split, **options)
+    if path.is_dir():
+        return _load_folder(path, split, options)
+    builder, defaults = _builder_of(path)
+    files = {re.split(r"[\[+]", split)[0]: str(path)}
+    return datasets.load_dataset(builder, data_files=files, split=split, **{**defaults, **options})
 
 
 def _local_path(source: str | os.PathLike[str]) -> Path | None:
