@@ -38,7 +38,8 @@ def let_accelerate_shard_on_the_cpu() -> None:
         begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         kind = DistributedType.FSDP
         self.distributed_type = PartialState._shared_state["distributed_type"] = kind
-        self.fsdp_plugin = fsdp_plugin
+        if fsdp_plugin is not None:  # the state is shared, and asked for without one later
+            self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = init
 
