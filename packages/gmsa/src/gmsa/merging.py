@@ -183,10 +183,11 @@ class _GroupMeans(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, "J d"]) -> tuple[Tensor, None, None]:
         chosen, begins = ctx.saved_tensors
         sizes = begins.diff(append=begins.new_tensor([len(chosen)]))
-        share = grad / sizes.clamp(min=1)[:, None]
-        group_of = torch.repeat_interleave(sizes, output_size=len(chosen))
-        whole = grad.new_zeros(ctx.count, grad.shape[1])
-        return whole.index_copy(0, chosen, share.index_select(0, group_of)), None, None
+        shares = torch.cat([grad / sizes.clamp(min=1)[:, None], grad.new_zeros(1, grad.shape[1])])
+        # The group of each row; those that were not chosen take the row of zeros at the end.
+        group_of = begins.new_full((ctx.count,), len(begins))
+        group_of[chosen] = torch.repeat_interleave(sizes, output_size=len(chosen))
+        return shares.index_select(0, group_of), None, None
 
 
 def _merge_full_rows(
