@@ -8,7 +8,8 @@ or on a GPU:
 - ``merge``: group merging of ragged rows beside that loop, and of full rows beside a copy;
 - ``train``: a step of the autoencoding stage beside one with logits at every position;
 - ``answer``: from context to answer beside the whole prompt, compressed now or stored before;
-- ``store``: reading a document beside compressing it again, and bytes a second.
+- ``store``: reading a document beside compressing it again, and bytes a second;
+- ``stream``: peak memory of a long context in exact pieces beside at once.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gmsa._backbone import load_causal_lm, lora_layers, lora_state
 from gmsa.stages import add_decoder_lora, unshare_base
@@ -90,9 +91,10 @@ def save_compressor(
     tuning = model.config.decoder_tuning
     decoder_state = None
     if state_dict is not None:
-        decoder_state = {
-            k.removeprefix("decoder."): v for k, v in state_dict.items() if k.startswith("decoder.")
-        }
+        # A gathered state has tied tensors twice, and no longer shows that they are.
+        own = {k for k, _ in (*model.decoder.named_parameters(), *model.decoder.named_buffers())}
+        plain = {k.removeprefix("decoder."): v for k, v in state_dict.items()}
+        decoder_state = {k: v for k, v in plain.items() if k in own}
     if tuning != "none":
         # In a folder of its own first, so that a crash leaves no half-written decoder.
         temporary = Path(tempfile.mkdtemp(dir=target, prefix=f".{DECODER_NAME}."))
@@ -280,7 +282,10 @@ def _fill(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: Path) -
                 f"{path}: {name} has shape {list(tensor.shape)}, the model {list(own[name].shape)}"
             )
     for name, tensor in stored.items():
-        own[name].copy_(tensor)
+        value = own[name]
+        if isinstance(value, DTensor):  # sharded (FSDP2): each process takes its part
+            tensor = distribute_tensor(tensor.to(value.dtype), value.device_mesh, value.placements)
+        value.copy_(tensor)
 
 
 @torch.no_grad()

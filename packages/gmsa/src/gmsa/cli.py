@@ -516,8 +516,11 @@ def _show_scores(
 @command(app)
 def bench(
     cases: Annotated[
-        str, typer.Option("--cases", help="Some of compress,merge,train,answer,store, by commas.")
-    ] = "compress,merge,train,answer,store",
+        str,
+        typer.Option(
+            "--cases", help="Some of compress,merge,train,answer,store,stream, by commas."
+        ),
+    ] = "compress,merge,train,answer,store,stream",
     repeats: Annotated[int, typer.Option("--repeats", help="Timed rounds.", min=1)] = 5,
     resume: Resume = False,
     out: Out = None,

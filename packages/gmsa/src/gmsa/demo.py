@@ -47,18 +47,36 @@ __all__ = [
 
 PLAIN = {"merging": "embeddings", "alignment": "none"}
 
-# name: settings of the compressor, whether it is trained as an autoencoder first, and whether the
-# decoder is fine-tuned.
-METHODS: dict[str, tuple[dict[str, Any], bool, bool]] = {
-    "full prompt": (PLAIN, False, False),
-    "truncation": (PLAIN, False, False),
-    "full prompt, tuned": (PLAIN, False, True),
-    "pooling, tuned": (PLAIN, False, True),
-    "memory tokens": ({"merging": "memory", "alignment": "linear"}, True, True),
-    "GMSA": ({}, True, True),
-    "GMSA without AE": ({}, False, True),
-    "GMSA, linear for LSA": ({"alignment": "linear"}, True, True),
-    "GMSA, random LSA": ({"lsa_init": "random"}, True, True),
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared, with the learning rates that were best for it on other seeds.
+
+    Attributes:
+        options: Settings of the compressor.
+        autoencodes: Whether it is trained as an autoencoder first.
+        tunes: Whether the decoder is fine-tuned.
+        ae_lr: Learning rate of the first stage.
+        keft_lr: Learning rate of the second.
+    """
+
+    options: Mapping[str, Any]
+    autoencodes: bool = False
+    tunes: bool = True
+    ae_lr: float = 4e-3
+    keft_lr: float = 2e-3
+
+
+METHODS: dict[str, Method] = {
+    "full prompt": Method(PLAIN, tunes=False),
+    "truncation": Method(PLAIN, tunes=False),
+    "full prompt, tuned": Method(PLAIN, keft_lr=4e-3),
+    "pooling, tuned": Method(PLAIN, keft_lr=1e-3),
+    "memory tokens": Method({"merging": "memory", "alignment": "linear"}, True),
+    "GMSA": Method({}, True),
+    "GMSA without AE": Method({}),
+    "GMSA, linear for LSA": Method({"alignment": "linear"}, True, ae_lr=8e-3),
+    "GMSA, random LSA": Method({"lsa_init": "random"}, True, ae_lr=8e-3),
 }
 QUICK_METHODS = ("full prompt", "truncation", "pooling, tuned", "memory tokens", "GMSA")
 
@@ -67,9 +85,9 @@ QUICK_METHODS = ("full prompt", "truncation", "pooling, tuned", "memory tokens",
 class DemoSettings:
     """How long each part trains, and how hard the task is."""
 
-    ae_steps: int = 400
+    ae_steps: int = 300
     keft_steps: int = 150
-    batch_size: int = 24
+    batch_size: int = 16
     facts: int = 4
     rate: int = 4
     items: int = 512
@@ -91,7 +109,13 @@ def tiny_compressor(seed: int = 0) -> GMSACompressor:
 
 
 def _stage(
-    model: GMSAModel, stage: str, steps: int, rate: int, settings: DemoSettings, seed: int
+    model: GMSAModel,
+    stage: str,
+    steps: int,
+    lr: float,
+    rate: int,
+    settings: DemoSettings,
+    seed: int,
 ) -> list[float]:
     """One training stage of a compressor; returns its losses."""
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -107,7 +131,7 @@ def _stage(
         return found
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    losses = optimize(trained, loss, steps, 4e-3 if stage == "autoencoding" else 2e-3, lambda: None)
+    losses = optimize(trained, loss, steps, lr, lambda: None)
     model.eval()
     return losses
 
@@ -167,11 +191,11 @@ def run_method(
         dict_keys(['qa'])
     """
     torch.set_num_threads(1)  # the model is small: a second thread would only get in the way
-    options, autoencodes, tunes = METHODS[name]
+    method = METHODS[name]
     base = load_base()
     data = facts(settings.items, settings.facts, torch.Generator().manual_seed(10**6 + seed))
     context, question, answer = data
-    if not tunes:
+    if not method.tunes:
         kept = -(-context.shape[1] // settings.rate)
         seen = context if name == "full prompt" else context[:, -kept:]
         new = continue_text(base, seen, question)
@@ -179,20 +203,21 @@ def run_method(
     torch.manual_seed(seed)
     config = GMSAConfig(
         encoder_layers=1, lora_r=32, lora_alpha=32, lora_dropout=0.0, memory_tokens=16,
-        restate_instruction="Restate", **options,
+        restate_instruction="Restate", **method.options,
     )  # fmt: skip
     model = GMSAModel.from_backbone(base, config)
     rate = 1 if name.startswith("full prompt") else settings.rate
     found: dict[str, Any] = {}
     tuning = settings.keft_steps
-    if autoencodes:
-        losses = _stage(model, "autoencoding", settings.ae_steps, rate, settings, seed)
+    if method.autoencodes:
+        steps = settings.ae_steps
+        losses = _stage(model, "autoencoding", steps, method.ae_lr, rate, settings, seed)
         before = _measure(model, rate, data, restate=True)
         found = {"restated": before["restated"], "qa before tuning": before["qa"]}
         found |= {"losses": losses, "example": _example(model, rate, data)}
-    elif options is PLAIN:
+    elif method.options is PLAIN:
         tuning += settings.ae_steps
-    _stage(model, "keft", tuning, rate, settings, seed)
+    _stage(model, "keft", tuning, method.keft_lr, rate, settings, seed)
     found["qa"] = _measure(model, rate, data, restate=False)["qa"]
     if "example" in found:
         soft = model.compress(context[:1], rate=rate)
@@ -302,7 +327,7 @@ def run_all(
     chosen = range(seed, seed + seeds)
     jobs = [(n, s) for s in chosen for n in methods if (n, s) not in done]
     # The long ones first, so that two processes end together.
-    jobs.sort(key=lambda job: METHODS[job[0]][1:], reverse=True)
+    jobs.sort(key=lambda job: (METHODS[job[0]].autoencodes, METHODS[job[0]].tunes), reverse=True)
     count = processes or (1 if quick else max(1, min(2, os.cpu_count() or 1, len(jobs))))
     found = run_jobs(jobs, settings, run.path, seed, count)
     for job, result in progress(found, description="training", total=len(jobs), unit="model"):
@@ -313,7 +338,7 @@ def run_all(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        lengths = (256, 1024) if quick else (256, 1024, 2048)
+        lengths = (256, 1024)
         clock = latency(lengths, (4, 8), torch.device("cpu"), 1 if quick else 3)
     finally:
         torch.set_num_threads(threads)

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmsa._resume import check_same
 from gmsa.baselines import answer_plain, shorten
 from gmsa.compressor import GMSACompressor
 from gmsa.evaluation import bert_score, qa_metrics, reconstruction_metrics, text_metrics
+from shared_core.checkpoints import check_same
 from shared_core.errors import InputError
 from shared_core.run import RunFolder, progress, to_plain
 

@@ -5,8 +5,10 @@ and the last group is averaged over its own size. A row of n tokens becomes exac
 """
 
 import operator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -39,10 +41,9 @@ def as_rates(rate: Rate, rows: int, device: torch.device | None = None) -> Int[T
             raise InputError(
                 f"rates have shape {list(rate.shape)} for {rows} rows; give one number or one a row"
             )
-        rates = rate.to(device=device, dtype=torch.long)
-        if rows and int(rates.min()) < 1:
-            raise InputError(f"a rate is {int(rates.min())}; accepted: whole numbers from 1 on")
-        return rates
+        if rows and int(rate.min()) < 1:  # before it goes to a GPU, where looking would wait
+            raise InputError(f"a rate is {int(rate.min())}; accepted: whole numbers from 1 on")
+        return rate.to(device=device, dtype=torch.long)
     value: object = rate.item() if isinstance(rate, Tensor) else rate
     try:
         if isinstance(value, bool):
@@ -136,20 +137,57 @@ def group_merge(
         mask = torch.ones(B, n, dtype=torch.bool, device=hidden.device)
     lengths = mask.sum(1)
     groups = num_groups(lengths, rates)
-    G = int(groups.max()) if B else 0
-    merged_mask = torch.arange(G, device=hidden.device) < groups[:, None]
-    group_of = (mask.cumsum(1) - 1) // rates[:, None]
-    # Positions that are not valid go to one more slot, which is cut off.
-    slots = torch.arange(B, device=hidden.device)[:, None] * G + group_of
-    slots = torch.where(mask, slots, B * G).flatten()
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    sums = hidden.new_zeros(B * G + 1, d, dtype=wide)
-    # NaN in a masked position must not reach the extra slot's gradient either.
-    valid = hidden.masked_fill(~mask[:, :, None], 0)
-    sums = sums.index_add(0, slots, valid.reshape(B * n, d).to(wide))[: B * G].view(B, G, d)
-    first = torch.arange(G, device=hidden.device) * rates[:, None]
-    sizes = (lengths[:, None] - first).clamp(min=1).minimum(rates[:, None])
-    return (sums / sizes[:, :, None]).to(hidden.dtype), merged_mask
+    if not B:
+        return hidden, mask
+    G, total = (int(x) for x in torch.stack([groups.max(), lengths.sum()]).tolist())
+    column = torch.arange(G, device=hidden.device)
+    # Where each group begins among the valid tokens of all rows; groups of padding are empty.
+    begins = (lengths.cumsum(0) - lengths)[:, None] + (column * rates[:, None]).minimum(
+        lengths[:, None]
+    )
+    merged = _GroupMeans.apply(hidden.reshape(B * n, d), _places(mask, total), begins.flatten())
+    return merged.view(B, G, d), column < groups[:, None]
+
+
+def _places(mask: Bool[Tensor, "B n"], total: int) -> Int[Tensor, "N"]:
+    """The positions of the `total` entries that are set, in order; ``nonzero`` without its sync."""
+    flat = mask.flatten()
+    slots = torch.where(flat, flat.cumsum(0) - 1, total)
+    positions = torch.arange(len(flat), device=mask.device)
+    return positions.new_empty(total + 1).scatter_(0, slots, positions)[:total]
+
+
+class _GroupMeans(torch.autograd.Function):
+    """Means of consecutive groups of chosen rows, in one pass over them.
+
+    The forward is PyTorch's ``embedding_bag``; it rounds the sum of half precision before it
+    divides, so such rows are widened first. Its own backward is far slower than the closed form:
+    each row's gradient is its group's over the group's size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Float[Tensor, "T d"],
+        chosen: Int[Tensor, "N"],
+        begins: Int[Tensor, "J"],
+    ) -> Float[Tensor, "J d"]:
+        ctx.save_for_backward(chosen, begins)
+        ctx.count = len(rows)
+        if not len(begins):
+            return rows.new_zeros(0, rows.shape[1])
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return F.embedding_bag(chosen, wide, begins, mode="mean").to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "J d"]) -> tuple[Tensor, None, None]:
+        chosen, begins = ctx.saved_tensors
+        sizes = begins.diff(append=begins.new_tensor([len(chosen)]))
+        shares = torch.cat([grad / sizes.clamp(min=1)[:, None], grad.new_zeros(1, grad.shape[1])])
+        # The group of each row; those that were not chosen take the row of zeros at the end.
+        group_of = begins.new_full((ctx.count,), len(begins))
+        group_of[chosen] = torch.repeat_interleave(sizes, output_size=len(chosen))
+        return shares.index_select(0, group_of), None, None
 
 
 def _merge_full_rows(

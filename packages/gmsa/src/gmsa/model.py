@@ -322,6 +322,10 @@ class GMSAModel(PreTrainedModel):
         """The decoder's token embedding."""
         return self.decoder.get_input_embeddings()
 
+    def get_output_embeddings(self) -> Any:
+        """The decoder's head; sharding has to know where it is tied to the embedding."""
+        return self.decoder.get_output_embeddings()
+
     def merge(
         self, ids: Int[Tensor, "B n"], mask: Tensor | None, rates: Rate
     ) -> tuple[Float[Tensor, "B G d"], Tensor]:

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from gmsa._resume import check_same
 from gmsa.presets import RESTATE_INSTRUCTION, get_preset
+from shared_core.checkpoints import checkpoint_to_resume, whole_checkpoint_marker
 from shared_core.device import seed_everything, select_dtype
 from shared_core.errors import InputError
 from shared_core.run import RunFolder
 
 __all__ = ["TrainSettings", "curve", "settings_from", "sharded", "train"]
 
-MARK = "complete.json"
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
@@ -196,23 +195,15 @@ def train(
     Raises:
         InputError: If something cannot be loaded, or the folder holds another run.
     """
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from gmsa._backbone import bars_for_people_only
     from gmsa.data import GMSADataCollator
-    from gmsa.trainer import GMSATrainer, MarkWhole
+    from gmsa.trainer import GMSATrainer
 
     dtype = select_dtype(settings.dtype, device)
     _check(settings, device, dtype)
-    checkpoints = out / "checkpoints"
-    found = list(checkpoints.glob("checkpoint-*"))
-    if found and not resume:
-        raise InputError(
-            f"{out} holds the checkpoints of an earlier run; continue it with --resume, or choose "
-            "another --out"
-        )
-    if resume:
-        check_same(asdict(settings), out)
+    start = checkpoint_to_resume(out, asdict(settings), resume=resume)
     records = _records(settings)
     run = RunFolder(out, resume=resume)
     seed_everything(settings.seed)
@@ -231,7 +222,7 @@ def train(
         if parameter.requires_grad:  # steps of 1e-5 are lost in the last bits of bfloat16
             parameter.data = parameter.data.float()
     args = TrainingArguments(
-        str(checkpoints),
+        str(out / "checkpoints"),
         max_steps=settings.steps,
         learning_rate=settings.lr,
         lr_scheduler_type="cosine",
@@ -260,12 +251,10 @@ def train(
         data_collator=GMSADataCollator(
             tokenizer.pad_token_id, settings.rates, settings.rate_sampling, settings.seed
         ),
-        callbacks=[MarkWhole(MARK)],
+        callbacks=[whole_checkpoint_marker(TrainerCallback)],
     )
-    whole = [path for path in found if (path / MARK).is_file()]
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log lines to stdout
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
     trainer.save_model(str(out / "model"))
     return _report(trainer, run)
 

@@ -1,6 +1,5 @@
 """Both training stages with the trainer of transformers."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,26 +9,8 @@ from transformers import Trainer, TrainerCallback
 from gmsa._checkpoint import load_into
 from gmsa.model import GMSAModel
 from shared_core.errors import InputError
-from shared_core.run import write_json
 
-__all__ = ["GMSATrainer", "MarkWhole"]
-
-
-class MarkWhole(TrainerCallback):
-    """Marks checkpoints that were written to the end, so that half a one is never resumed.
-
-    Args:
-        name: The file that marks.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """After a checkpoint was written."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            write_json(folder / self.name, {"step": state.global_step})
+__all__ = ["GMSATrainer"]
 
 
 class _Epochs(TrainerCallback):
