@@ -102,7 +102,7 @@ def test_train_score_calibrate_select(run_cli):
             PIL.Image.fromarray(image).save(f"{folder}/{i}.png")
     shown = run_cli(
         main,
-        *["train", "--id", "folder:train.csv", "--oe", "objects", "--epochs", 2],
+        *["train", "--id", "folder:train.csv", "--oe", "folder:objects", "--epochs", 2],
         *["--batch-size", 32, "--oe-batch-size", 16, "--tau", 1, "--out", "run", "--json"],
     )
     assert shown.code == 0, shown.stderr
@@ -129,7 +129,7 @@ def test_train_score_calibrate_select(run_cli):
     scored = ["score", "--checkpoint", "run/best", "--input", "mixed", "--out", "mixed-out"]
     shown = run_cli(main, *scored)
     assert shown.code == 0, shown.stderr
-    assert "mixed and the outliers objects" in shown.stderr
+    assert f"mixed and the outliers {Path('objects').resolve()}" in shown.stderr
     assert "share 1 samples by sha1" in shown.stderr
     assert np.load("known/labels.npy").shape == np.load("known/logits.npy").shape == (40, 20)
     shown = run_cli(

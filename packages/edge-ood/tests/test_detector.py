@@ -139,8 +139,9 @@ def test_the_metrics_of_pytorch_ood_agree():
     metrics.update(adapter.predict(inside), torch.zeros(60))
     metrics.update(adapter.predict(outside), -torch.ones(50))
     theirs = metrics.compute()
-    ours = ood_metrics(detector.score(inside), detector.score(outside))
+    ours = ood_metrics(detector.score(inside), detector.score(outside), rule="at_least")
     assert theirs["AUROC"] == pytest.approx(ours["auroc"], abs=1e-6)
+    assert theirs["FPR95TPR"] == pytest.approx(ours["fpr95_ood_positive"], abs=1e-6)
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -90,6 +90,7 @@ def test_a_step_is_the_loss_of_both_batches(tmp_path):
     expected = edge_loss(z, batch["labels"], model(pixel_values=theirs).logits, beta=1.0)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-6)
     assert trainer.last_output.n_tail == 1
+    assert not trainer.last_output.loss.requires_grad
     trainer.state.global_step = 0  # half of two steps is the first
     assert not trainer._gap_is_on()
     model.eval()

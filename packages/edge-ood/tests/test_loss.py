@@ -106,7 +106,7 @@ def test_gradcheck(implementation, mask):
 def by_formulas(monkeypatch, *arguments, **options):
     """The loss that autograd follows step by step."""
     with monkeypatch.context() as patch:
-        patch.setattr("edge_ood.loss.can_use_closed_form", lambda *logits: False)
+        patch.setattr("edge_ood.loss.can_use_closed_form", lambda *given: False)
         return edge_loss(*arguments, **options)
 
 
@@ -138,11 +138,23 @@ def test_the_closed_form_equals_the_formulas(implementation, dtype, monkeypatch)
         assert gradient.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
 def test_transforms_of_functions_see_the_formulas():
     z, y, oe = sample(9, 7, 5)
     expected = torch.autograd.grad(edge_loss(z.requires_grad_(), y, oe).loss, z)[0]
     found = torch.func.grad(lambda z: edge_loss(z, y, oe).loss)(z.detach())
     torch.testing.assert_close(found, expected)
+    with torch.autograd.forward_ad.dual_level():
+        moving = torch.autograd.forward_ad.make_dual(z, torch.ones_like(z))
+        change = torch.autograd.forward_ad.unpack_dual(edge_loss(moving, y, oe).loss).tangent
+    torch.testing.assert_close(change, expected.sum())
+
+
+def test_soft_labels_can_have_a_gradient_too():
+    z, y, oe = sample(9, 7, 5)
+    y = (0.1 + 0.8 * y).requires_grad_()
+    [gradient] = torch.autograd.grad(edge_loss(z.requires_grad_(), y, oe).loss, y)
+    torch.testing.assert_close(gradient, -z.detach() / z.numel())
 
 
 def test_limits():
@@ -178,6 +190,15 @@ def test_the_kink_has_no_gradient():
         assert active == 0
         for gradient in torch.autograd.grad(gap, (tail, outside)):
             assert not gradient.any()
+    # The same rows as ID samples and as outliers: no hinge is active where energies are equal.
+    z = torch.tensor([[0.5, -1.0]] * 3, requires_grad=True)
+    y, oe = torch.zeros(3, 2), z.detach().clone().requires_grad_()
+    for implementation in ("pairwise", "sorted"):
+        options = {"alpha": 0.0, "k": 1.0, "gap_impl": implementation}
+        losses = [edge_loss(z, y, oe, beta=beta, **options).loss for beta in (0.0, 1.0)]
+        of_bce, of_all = (torch.autograd.grad(loss, (z, oe)) for loss in losses)
+        for expected, found in zip(of_bce, of_all, strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def test_without_outliers_the_id_loss_remains():

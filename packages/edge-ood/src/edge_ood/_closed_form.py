@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from edge_ood.energy import joint_energy
 
@@ -32,16 +33,19 @@ class Weights(NamedTuple):
     pairwise: bool
 
 
-def can_use_closed_form(*logits: Tensor) -> bool:
-    """Whether a gradient is wanted and none but the plain autograd computes it.
+def can_use_closed_form(z: Tensor, y: Tensor, outliers: Tensor) -> bool:
+    """Whether the logits alone want a gradient, and none but the plain autograd computes it.
 
-    A compiler fuses the formulas itself, and the transforms of ``torch.func`` need to see them.
+    A compiler fuses the formulas itself; the transforms of ``torch.func`` and forward-mode
+    differentiation need to see them.
     """
     return (
         torch.is_grad_enabled()
-        and any(z.requires_grad for z in logits)
+        and (z.requires_grad or outliers.requires_grad)
+        and not y.requires_grad
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 

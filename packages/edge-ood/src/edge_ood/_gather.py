@@ -6,12 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_rows", "is_distributed"]
+from shared_core.parallel import is_parallel
 
-
-def is_distributed() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+__all__ = ["gather_rows"]
 
 
 class _GatherRows(torch.autograd.Function):
@@ -48,7 +45,7 @@ def gather_rows(rows: Tensor) -> Tensor:
         >>> gather_rows(torch.ones(2))
         tensor([1., 1.])
     """
-    if not is_distributed():
+    if not is_parallel():
         return rows
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]

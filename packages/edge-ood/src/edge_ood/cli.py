@@ -229,6 +229,7 @@ def train(
     from edge_ood.train import read_log
     from edge_ood.train import train as run_training
     from shared_core.device import select_device
+    from shared_core.parallel import launched
     from shared_core.run import RunFolder
 
     chosen = select_device(device)
@@ -273,6 +274,8 @@ def train(
     name = preset or id_set.split(":")[0].replace("/", "-")  # type: ignore[union-attr]
     run = RunFolder(out or Path(f"runs/edge-ood/train-{name}-{settings.loss}"), resume=resume)
     metrics = run_training(settings, run, chosen, resume=resume)
+    if not launched(chosen).first:
+        return
     if plots:
         from edge_ood.plots import plot_training
 

@@ -182,6 +182,10 @@ class OODDetector:
         try:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             spec, name, options = config["model"], config["scorer"], config["options"]
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{path} is not the folder of a detector, such as RUN/best: it has no {CONFIG}"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not the folder of a detector ({error!r})") from error
         if model is None and spec is None:

@@ -73,7 +73,7 @@ class EdgeHFTrainer(Trainer):
         options: See `transformers.Trainer`.
 
     Attributes:
-        last_output: The parts of the loss of the last training step.
+        last_output: The loss of the last training step and its parts, all detached.
 
     Raises:
         InputError: If the outliers are empty or the arguments ask for what cannot work.
@@ -189,8 +189,9 @@ class EdgeHFTrainer(Trainer):
         else:
             outputs = model(**ours)
             z, outliers = _logits(outputs), _logits(model(**theirs))
-        self.last_output = self.criterion(z, labels, outliers, gap=self._gap_is_on())
-        loss = self.last_output.loss
+        found = self.criterion(z, labels, outliers, gap=self._gap_is_on())
+        loss = found.loss
+        self.last_output = found._replace(loss=loss.detach())
         return (loss, outputs) if return_outputs else loss
 
 

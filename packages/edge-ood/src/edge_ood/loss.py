@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from edge_ood._closed_form import ClosedForm, Weights, can_use_closed_form
-from edge_ood._gather import gather_rows, is_distributed
+from edge_ood._gather import gather_rows
 from edge_ood.energy import joint_energy, label_energies
 from shared_core.errors import InputError
+from shared_core.parallel import is_parallel
 
 __all__ = ["EdgeLoss", "EdgeLossOutput", "EdgeSchedule", "edge_loss", "energy_gap", "tail_size"]
 
@@ -154,11 +155,11 @@ def edge_loss(
         z, y = _wide(logits_id), targets.to(_wide(logits_id).dtype)
         outliers = None if logits_oe is None else _wide(logits_oe)
         settings = alpha, beta if gap else 0.0, k, margin, id_loss, gap_mask, gap_impl
-        formulas = partial(_formulas, y=y, settings=settings, join=gather and is_distributed())
+        formulas = partial(_formulas, y=y, settings=settings, join=gather and is_parallel())
         as_published = id_loss is None and gap_mask == "all" and not gather
         if not (as_published and settings[1] > 0 and outliers is not None and len(outliers)):
             return formulas(z, outliers)
-        if not can_use_closed_form(z, outliers):
+        if not can_use_closed_form(z, y, outliers):
             return formulas(z, outliers)
         n_tail = tail_size(k, len(z))
         pairwise = _is_pairwise(gap_impl, n_tail * len(outliers))

@@ -26,6 +26,8 @@ def plot_energies(panels: Mapping[str, Mapping[str, Tensor]], title: str = "Join
         panels: For each method the scores of each set; the names of ID sets begin with ``ID``.
         title: Name of the score.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, axes = new_figure(1, len(panels), squeeze=False, sharex=True)
     everything = np.concatenate([_positive(s) for sets in panels.values() for s in sets.values()])
     low, high = np.quantile(everything, [0.002, 0.999])
@@ -43,7 +45,13 @@ def plot_energies(panels: Mapping[str, Mapping[str, Tensor]], title: str = "Join
                 linewidth=1.8 if known else 1.3,
             )
         axis.set(title=method, xscale="log", xlabel=title, ylabel="share of the set")
-    axes[0][-1].legend(fontsize=8)
+        # Within few decades, numbers between the powers of ten are readable and needed.
+        few = edges[-1] / edges[0] < 300
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    handles = axes[0][-1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", fontsize=8)
     return figure
 
 
@@ -58,15 +66,17 @@ def plot_tail_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     Args:
         curves: For each method what `edge_ood.tail_curve` gave.
     """
-    figure, axes = new_figure(1, 2)
+    figure, axes = new_figure(1, 2, figsize=(11.0, 3.6))
     for axis, key, label in zip(axes, ("auroc", "fpr95"), ("AUROC %", "FPR95 %"), strict=True):
-        for color, (name, rows) in zip(COLORS * 3, curves.items(), strict=False):
+        for index, (name, rows) in enumerate(curves.items()):
             kept = [r for r in rows if r[key] is not None]
+            color, style = COLORS[index % len(COLORS)], "os^"[index // len(COLORS) % 3]
+            style += ("-", "--", ":")[index // len(COLORS) % 3]
             values = [100 * r[key] for r in kept]
-            axis.plot([r["j"] for r in kept], values, "o-", label=name, color=color)
+            axis.plot([r["j"] for r in kept], values, style, label=name, color=color)
         axis.set(xlabel="j: ID images without the j most frequent labels", ylabel=label)
     axes[0].axhline(50, color="0.6", linewidth=1, linestyle=":")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
@@ -153,6 +163,8 @@ def plot_training(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     Args:
         histories: For each method what `edge_ood.loop.train_edge` gave.
     """
+    from matplotlib.ticker import MaxNLocator
+
     panels = {
         "l_id": "classification loss",
         "l_conf": "confidence loss",
@@ -167,7 +179,8 @@ def plot_training(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
             if any(values):
                 axis.plot(range(1, len(values) + 1), values, label=name, color=color)
         axis.set(title=title, xlabel="epoch")
-    axes[3].legend(fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    figure.legend(*axes[3].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 

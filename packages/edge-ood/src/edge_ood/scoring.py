@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from edge_ood.data import check_disjoint
 from edge_ood.datasets import STD, eval_transform, train_transform
-from edge_ood.detector import CONFIG, OODDetector
+from edge_ood.detector import OODDetector
 from edge_ood.evaluate import open_array, score_array
 from edge_ood.harness import choose_scorers, make_scorers, score_outputs
 from edge_ood.loop import Outputs, collect
@@ -175,16 +175,19 @@ def _images(
 
 def _check_unseen(images: Sequence[Any], outliers: str | None, source: str) -> None:
     """Warn if some of the images trained the model as outliers, which would flatter its scores."""
-    if not isinstance(images[0], Path) or outliers is None or not Path(outliers).is_dir():
+    if not isinstance(images[0], Path) or outliers is None:
+        return
+    try:
+        trained_on = load_outliers(outliers).images
+    except InputError:  # the folder is no longer there, or empty
         return
     names = source, f"the outliers {outliers}, which trained this model,"
-    trained_on = load_outliers(outliers).images
     if not check_disjoint(images, trained_on, names=names, on_overlap="warn"):
         check_disjoint(images, trained_on, "sha1", names=names, on_overlap="warn")
 
 
 def _reference(checkpoint: Path) -> dict[str, Any]:
-    """What training kept beside the detector: held-out logits, class counts, size, outliers."""
+    """What training kept beside the detector: held-out logits, class counts, size, OE folder."""
     path = Path(checkpoint) / REFERENCE
     return dict(load_state(path)) if path.is_file() else {}
 
@@ -234,7 +237,6 @@ def calibrate_folder(
     kept = Path(checkpoint) / REFERENCE
     if kept.is_file() and Path(out).resolve() != Path(checkpoint).resolve():
         shutil.copyfile(kept, Path(out) / REFERENCE)
-    assert (Path(out) / CONFIG).is_file()
     return {
         "out": str(out),
         "scorer": detector.scorer.name,

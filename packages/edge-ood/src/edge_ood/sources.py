@@ -17,7 +17,7 @@ from edge_ood.datasets import (
 )
 from shared_core.errors import InputError
 
-__all__ = ["KINDS", "load_id", "load_outliers"]
+__all__ = ["KINDS", "load_id", "load_outliers", "outlier_folder"]
 
 KINDS = ("shapes", "voc:FOLDER", "coco:FOLDER", "nuswide:FOLDER", "folder:FILE", "hf:ID")
 _COCO = {"train": "train2014", "test": "val2014"}
@@ -131,6 +131,17 @@ def load_outliers(
             f"there are no images at {name}; accepted: a folder, hf:ID, shapes or shapes:SET"
         )
     return UnlabelledImages(name, split, transform=transform, image_column=image_column)
+
+
+def outlier_folder(source: str) -> Path | None:
+    """The folder of a set of outliers, absolute; ``None`` for those of other kinds.
+
+    Example:
+        >>> outlier_folder("shapes:objects") is None
+        True
+    """
+    path = Path(source.removeprefix("folder:"))
+    return path.resolve() if path.is_dir() else None
 
 
 def _shapes(split: str, seed: int, transform: Any) -> MultiLabelImages:

@@ -27,9 +27,11 @@ from edge_ood.losses import (
 from edge_ood.metrics import multilabel_map
 from edge_ood.models import MultiLabelModel, create_model, model_from_spec
 from edge_ood.settings import TrainSettings
-from edge_ood.sources import load_id, load_outliers
+from edge_ood.sources import load_id, load_outliers, outlier_folder
+from shared_core.checkpoints import check_same
 from shared_core.device import seed_everything, select_dtype
 from shared_core.errors import InputError, MissingExtraError
+from shared_core.parallel import is_parallel, join_processes
 from shared_core.run import RunFolder, save_state
 
 __all__ = ["CyclingSampler", "create_loss", "read_log", "train"]
@@ -119,11 +121,7 @@ def make_accelerator(dtype: torch.dtype, device: torch.device) -> Any:
         >>> make_accelerator(torch.float32, torch.device("cpu")) is None
         True
     """
-    import os
-
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
+    if not is_parallel():
         return None
     try:
         from accelerate import Accelerator
@@ -363,7 +361,15 @@ def train(
         InputError: If settings and data do not fit, or the loss diverges.
     """
     if resume and run.has_checkpoint:
-        _check_same(settings, run)
+        check_same(asdict(settings), run.path)
+    with join_processes(device) as processes:
+        return _train(settings, run, processes.device, resume=resume)
+
+
+def _train(
+    settings: TrainSettings, run: RunFolder, device: torch.device, *, resume: bool
+) -> dict[str, Any]:
+    """`train`, in a process group if there are several processes."""
     parts = _Run(settings, device)
     if resume and run.has_checkpoint:
         parts.load(run.load_checkpoint())
@@ -438,6 +444,8 @@ def _save_detector(parts: _Run, run: RunFolder, name: str, logits: Tensor) -> No
     model = parts.whole_model()
     if not parts.first:
         return
+    source = parts.settings.oe if parts.settings.with_outliers else None
+    folder = None if source is None else outlier_folder(source)
     detector = OODDetector(model, "joint_energy", class_names=parts.class_names)
     detector.calibrate(logits, parts.settings.recall).save(run.path / name)
     save_state(
@@ -446,24 +454,9 @@ def _save_detector(parts: _Run, run: RunFolder, name: str, logits: Tensor) -> No
             "logits": logits,
             "class_counts": parts.counts,
             "size": parts.settings.image_size,
-            "oe": parts.settings.oe if parts.settings.with_outliers else None,
+            "oe": None if folder is None else str(folder),
         },
     )
-
-
-def _check_same(settings: TrainSettings, run: RunFolder) -> None:
-    """Refuse to resume with other settings than the run began with."""
-    try:
-        config = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
-        saved = config["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run.path / 'config.json'} is not readable ({error!r})") from error
-    for name, value in asdict(settings).items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"--resume: {run.path} was begun with {name}={saved.get(name)!r}, not {value!r}; "
-                "give the same options, or another --out"
-            )
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
