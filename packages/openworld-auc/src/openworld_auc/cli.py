@@ -282,7 +282,7 @@ def train(
     from openworld_auc.backbone import load_backbone
     from openworld_auc.gmop import GMoP
     from openworld_auc.train import GMoPTrainer, extract_features
-    from shared_core.device import select_dtype
+    from shared_core.device import select_device, select_dtype
     from shared_core.parallel import join_processes
     from shared_core.run import RunFolder, write_json
 
@@ -293,7 +293,7 @@ def train(
     changes = {"epochs": epochs, "lr": lr, "seed": seed, "batch_size": batch_size, "dtype": dtype}
     changes["detectors_per_step"] = detectors_per_step
     recipe = replace(settings.train, **_given(changes))
-    with join_processes(_device(device)) as here:
+    with join_processes(select_device(device)) as here:
         chosen = here.device
         kind = select_dtype(dtype, chosen)
         run = RunFolder(out or Path(f"runs/openworld-auc/train-{preset or method}"), resume=resume)
@@ -455,16 +455,6 @@ def presets(as_json: Json = False) -> None:
     backbones = ", ".join(f"{name} ({weights})" for name, weights in BACKBONES)
     text = f"{format_table(rows)}\n\nmethods: {', '.join(METHODS)}\nbackbones: {backbones}"
     show_result(summary, text, as_json=as_json)
-
-
-def _device(name: str) -> Any:
-    """The device; a GPU without its number, which of several processes each has for itself."""
-    import torch
-
-    from shared_core.device import select_device
-
-    chosen = select_device(name)
-    return torch.device("cuda") if chosen.type == "cuda" and ":" not in name else chosen
 
 
 def _recipe(preset: str | None, method: str) -> tuple[Any, Any]:
