@@ -67,7 +67,7 @@ def test_contexts_are_the_cpus(prefix_cache) -> None:
         assert torch.allclose(tensor, expected[name], atol=1e-4)
 
 
-# torch.compile looks at .grad of its arguments and hides the warning that this gives, not the error.
+# torch.compile looks at .grad of its arguments and hides the warning, but not as an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("without_type_checks")
 @PREFIX

@@ -129,7 +129,7 @@ def test_a_prefix_that_is_computed_once_changes_nothing(kind, chunk) -> None:
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-# torch.compile looks at .grad of its arguments and hides the warning that this gives, not the error.
+# torch.compile looks at .grad of its arguments and hides the warning, but not as an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(("prefix_cache", "chunk"), [(False, None), (True, 4)])
@@ -490,7 +490,7 @@ def test_bad_input(backbone) -> None:
         GMoPConfig(gate="soft")
     with pytest.raises(ValueError, match="chunk is 0; accepted: at least one"):
         GMoPConfig(chunk=0)
-    with pytest.raises(ValueError, match="compile is 'fast'; accepted: .*inductor"):
+    with pytest.raises(ValueError, match=r"compile is 'fast'; accepted: .*inductor"):
         GMoPConfig(compile="fast")
     with pytest.raises(ValueError, match=r"has to hold \{\} exactly once"):
         GMoP(backbone, BASE, config=GMoPConfig(template="a photo"))

@@ -114,7 +114,7 @@ def run_after_prefixes(
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def _onward(block: Block, x: Tensor, attended: Tensor) -> Tensor:

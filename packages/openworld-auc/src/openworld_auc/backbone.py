@@ -22,8 +22,8 @@ __all__ = ["ClipBackbone", "HFBackbone", "OpenClipBackbone", "as_backbone", "loa
 class ClipBackbone(Protocol):
     """What prompt tuning needs of an image-text model.
 
-    One that has ``shares_prefixes = True`` and ``encode_with_prefix``, as the adapters below, can be
-    used with ``GMoPConfig(prefix_cache=True)``.
+    One that has ``shares_prefixes = True`` and ``encode_with_prefix``, as the adapters below have,
+    can be used with ``GMoPConfig(prefix_cache=True)``.
 
     Attributes:
         context_length: Longest sequence.
@@ -114,19 +114,20 @@ class _Backbone(nn.Module):
     def encode_with_prefix(
         self,
         prefix: Float[Tensor, "p n W"],
-        lengths: Sequence[int],
         suffix: Float[Tensor, "t m W"],
-        counts: Sequence[int],
         end_index: Int[Tensor, " t"],
+        *,
+        lengths: Sequence[int],
+        counts: Sequence[int],
     ) -> Float[Tensor, "t D"]:
         """Features of embedded sequences that begin alike, the beginnings computed once.
 
         Args:
             prefix: The beginnings, padded on the right.
-            lengths: Their lengths.
             suffix: What follows; the suffixes of a prefix are in a row.
-            counts: How many suffixes each prefix has.
             end_index: Where in its suffix a sequence is read.
+            lengths: Of the beginnings, without padding.
+            counts: How many suffixes each beginning has.
         """
         positions = self._positions()
         start = torch.cat(

@@ -106,7 +106,7 @@ class GMoPConfig:
         if self.chunk is not None and self.chunk < 1:
             raise InputError(f"chunk is {self.chunk}; accepted: at least one sequence at a time")
         if isinstance(self.compile, str):
-            known = torch.compiler.list_backends(exclude_tags=())  # type: ignore[no-untyped-call]
+            known = torch.compiler.list_backends(exclude_tags=())
             check_choice("compile", self.compile, tuple(known))
         check_choice("gate", self.gate, ("sigmoid", "prob", "hard", "none"))
         check_choice("surrogate", self.surrogate, SURROGATES)

@@ -5,6 +5,7 @@ classes, the class name at the end.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -238,12 +239,7 @@ def _after_prefixes(
             first += size
         used = [p for p, count in zip(prefixes, counts, strict=True) if count]
         lengths, counts = [len(p) for p in used], [count for count in counts if count]
-
-        def call(prefix: Tensor, suffix: Tensor, at: Tensor,
-                 lengths: Sequence[int] = lengths, counts: Sequence[int] = counts) -> Tensor:  # fmt: skip
-            found = tower.encode_with_prefix(prefix, lengths, suffix, counts, at)
-            return cast(Tensor, found)
-
+        call = partial(tower.encode_with_prefix, lengths=lengths, counts=counts)
         calls.append((call, (_stack([p[None] for p in used]), suffixes[part], ends[part])))
     return calls
 
