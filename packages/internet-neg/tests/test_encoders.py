@@ -236,6 +236,12 @@ def test_openais_weights_get_the_activation_they_were_trained_with(
     load_encoder("vit-b16")
     load_encoder("ViT-B-16", "laion2b_s34b_b88k")
     assert asked[1:] == [("ViT-B-16-quickgelu", "openai"), ("ViT-B-16", "laion2b_s34b_b88k")]
+    # Weights and architecture in one, of open_clip's making, not transformers'.
+    for name in ("hf-hub:owner/clip", "local-dir:some/folder"):
+        source = load_encoder(name).source
+        assert asked[-1] == (name, None)
+        assert source == {"library": "open_clip", "model": name, "pretrained": None}
+        load_encoder(name, None, library=source["library"])  # as a saved detector asks for it
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,11 @@ def load_encoder(
 
     Args:
         model: A key of `internet_neg.presets.MODELS`, a folder with a mini-CLIP, an architecture of
-            open_clip, or a hub id or folder of transformers.
+            open_clip, open_clip's ``hf-hub:ID`` or ``local-dir:PATH``, or a hub id or folder of
+            transformers.
         pretrained: Weights for open_clip: a tag or a file.
         library: ``open_clip``, ``hf`` or ``mini``, if it is known; otherwise a folder with a
-            mini-CLIP is one, weights mean open_clip, and a slash means transformers.
+            mini-CLIP is one, weights or such a prefix mean open_clip, and a slash transformers.
         device: Where to; by default the CPU.
 
     Raises:
@@ -45,10 +46,11 @@ def load_encoder(
     if library is None and pretrained is None and name in MODELS:
         preset = MODELS[name]
         name, pretrained, library = preset.model, preset.pretrained, preset.library
+    whole = name.startswith(("hf-hub:", "local-dir:"))  # the architecture with its weights
     if library is None:
         if (Path(name) / FILE).is_file():
             library = "mini"
-        elif pretrained is None and ("/" in name or Path(name).is_dir()):
+        elif pretrained is None and not whole and ("/" in name or Path(name).is_dir()):
             library = "hf"
         else:
             library = "open_clip"
@@ -58,7 +60,7 @@ def load_encoder(
         return HFClipEncoder.from_pretrained(name, device=device)
     if library != "open_clip":
         raise InterNegError(f"library {library!r}; accepted: open_clip, hf, mini")
-    if pretrained is None:
+    if pretrained is None and not whole:
         raise InterNegError(
             f"which weights for {name}? give --pretrained (such as openai), or a model of: "
             f"{', '.join(MODELS)}"
