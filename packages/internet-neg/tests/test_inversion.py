@@ -189,3 +189,25 @@ def test_errors(mini: OpenClipEncoder, unit: Unit) -> None:
             invert_images(mini, v, **options)  # type: ignore[arg-type]
     with pytest.raises(InterNegError, match="NaN or infinity, first in row 1"):
         invert_images(mini, torch.cat([v[:1], v[:1] / 0]), templates=TEMPLATES)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_it_is_the_same_and_bfloat16_is_near(
+    make_open_clip: Callable[..., Any], unit: Unit
+) -> None:
+    encoder = make_open_clip()
+    v = unit(6, encoder.dim)
+    options: dict[str, Any] = {
+        "steps": 3,
+        "templates": TEMPLATES,
+        "init_tokens": 0.02 * unit(6, encoder.text_width, seed=1),
+        "template_index": torch.arange(18).reshape(3, 6) % 3,
+    }
+    expected = invert_images(encoder, v, **options)
+    encoder.model.cuda()
+    found = invert_images(encoder, v.cuda(), **options)
+    assert found.device.type == "cuda"
+    assert torch.allclose(found.cpu(), expected, atol=1e-4)
+    half = invert_images(encoder, v.cuda(), dtype=torch.bfloat16, **options)
+    assert half.dtype == torch.float32
+    assert F.cosine_similarity(half, found).min() > 0.99
