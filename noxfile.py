@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ nox.options.sessions = [
     "tests",
     "integration",
     "isolated",
+    "together",
     "docs",
     "build",
 ]
@@ -177,8 +178,8 @@ def isolated(session: nox.Session, package: Package) -> None:
     """Install one package's wheel with pip in a fresh environment and use it outside the tree."""
     with tempfile.TemporaryDirectory(prefix=f"{package}-") as folder:
         work = Path(folder).resolve()
-        install_wheels(session, package, work)
-        check_only_declared(session, package)
+        install_wheels(session, [package], work)
+        check_only_declared(session, [package])
         shutil.copytree(
             ROOT / package.folder / "tests",
             work / "tests",
@@ -195,14 +196,45 @@ def isolated(session: nox.Session, package: Package) -> None:
             session.run("python", "-m", "pytest", "tests", *smoke, env=CPU_ONLY)
 
 
-def install_wheels(session: nox.Session, package: Package, work: Path) -> None:
-    """Build the wheels of a package and its siblings, and install them with pip.
+@nox.session(python=PYTHON, reuse_venv=False)
+def together(session: nox.Session) -> None:
+    """Install the wheels of all packages in one fresh environment; tell sizes and import times."""
+    packages = list(PACKAGES.values())
+    with tempfile.TemporaryDirectory(prefix="together-") as folder:
+        work = Path(folder).resolve()
+        wheels = install_wheels(session, packages, work)
+        check_only_declared(session, packages)
+        with session.chdir(work):
+            for package in packages:
+                if package.script:
+                    session.run(package.script, "--help", silent=True)
+                took = session.run(
+                    "python", "-c", IMPORT_TIME, package.module, silent=True, log=False
+                )
+                size = wheels[package.dist].stat().st_size / 1024
+                session.log(f"{package}: wheel {size:.0f} KiB, import {str(took).strip()}")
+
+
+IMPORT_TIME = """
+import importlib, sys, time
+import torch
+start = time.perf_counter()
+importlib.import_module(sys.argv[1])
+print(f"{time.perf_counter() - start:.3f} s beyond torch's")
+"""
+
+
+def install_wheels(
+    session: nox.Session, packages: Sequence[Package], work: Path
+) -> dict[str, Path]:
+    """Build the wheels of packages and their siblings, and install them with pip.
 
     The third parties come as locked. Our own come from the files and never from an index, where
     their names may belong to somebody else.
     """
     files = {}
-    for member in dict.fromkeys([PACKAGES["shared-core"], *closure(package)]):
+    members = [member for package in packages for member in closure(package)]
+    for member in dict.fromkeys([PACKAGES["shared-core"], *members]):
         wheels = work / "wheels" / member.dist
         session.run_install(
             *["uv", "build", "--wheel", "--quiet", f"--package={member}", f"--out-dir={wheels}"],
@@ -210,22 +242,24 @@ def install_wheels(session: nox.Session, package: Package, work: Path) -> None:
         )
         [files[member.dist]] = wheels.glob("*.whl")
     third_parties = work / "third-parties.txt"
+    whose = [f"--package={package}" for package in packages]
     session.run_install(
-        *["uv", "export", "--locked", "--quiet", f"--package={package}", "--group=test"],
+        *["uv", "export", "--locked", "--quiet", *whose, "--group=test"],
         *["--no-emit-workspace", "--no-hashes", f"--output-file={third_parties}"],
         external=True,
     )
     session.install("--no-deps", "--requirement", str(third_parties), "pip")
-    files["shared-core[testing]"] = files.pop("shared-core")
+    asked = {f"{dist}[testing]" if dist == "shared-core" else dist: f for dist, f in files.items()}
     session.run_install(
         *[*PIP, "install", "--no-index", "--quiet"],
-        *[f"{name} @ {file.as_uri()}" for name, file in files.items()],
+        *[f"{name} @ {file.as_uri()}" for name, file in asked.items()],
         env={"PIP_CONFIG_FILE": os.devnull},
     )
     session.run(*PIP, "check")
+    return files
 
 
-def check_only_declared(session: nox.Session, package: Package) -> None:
+def check_only_declared(session: nox.Session, packages: Sequence[Package]) -> None:
     """Fail unless the installed distributions are exactly what the wheels' metadata ask for."""
     report = session.run(*PIP, "inspect", silent=True, log=False, stderr=None)
     inspected = json.loads(str(report))
@@ -235,7 +269,8 @@ def check_only_declared(session: nox.Session, package: Package) -> None:
     }
     environment = {**default_environment(), **inspected["environment"]}
     asked: set[tuple[str, str]] = set()
-    waiting = [(canonicalize_name(package.dist), ""), ("shared-core", "testing")]
+    waiting = [("shared-core", "testing")]
+    waiting += [(str(canonicalize_name(package.dist)), "") for package in packages]
     while waiting:
         name, extra = waiting.pop()
         if (name, extra) in asked:
@@ -252,7 +287,7 @@ def check_only_declared(session: nox.Session, package: Package) -> None:
     undeclared = sorted(set(installed) - names - {"pip"})
     missing = sorted(names - set(installed))
     if undeclared or missing:
-        session.error(f"{package}: undeclared but installed {undeclared}, missing {missing}")
+        session.error(f"undeclared but installed {undeclared}, missing {missing}")
     session.log(f"{len(installed)} distributions installed, each declared by the wheels")
 
 

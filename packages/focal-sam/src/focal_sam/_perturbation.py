@@ -32,6 +32,8 @@ def _locals(tensors: Sequence[Tensor]) -> list[Tensor]:
     With hundreds of small tensors, a view of each would cost more than the arithmetic.
     """
     sharded = _dtensor()
+    if not sharded and not any(map(torch.is_complex, tensors)):
+        return list(tensors)
     return [_local(t) if isinstance(t, sharded) or t.is_complex() else t for t in tensors]
 
 
@@ -40,6 +42,16 @@ def _by_device_and_dtype(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     for index, tensor in enumerate(tensors):
         groups.setdefault((tensor.device, tensor.dtype), []).append(index)
     yield from groups.values()
+
+
+def _by_factor(
+    tensors: Sequence[Tensor], factors: Sequence[float]
+) -> Iterator[tuple[float, list[int]]]:
+    groups: dict[Any, list[int]] = {}
+    for index, (tensor, factor) in enumerate(zip(tensors, factors, strict=True)):
+        groups.setdefault((tensor.device, tensor.dtype, factor), []).append(index)
+    for (_, _, factor), indices in groups.items():
+        yield factor, indices
 
 
 def scaled_gradient(gradient: Tensor, parameter: Tensor, eta: float) -> Tensor:
@@ -74,11 +86,18 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def moved(parameters: Sequence[Tensor], displacements: list[Tensor]) -> Iterator[None]:
+def moved(
+    parameters: Sequence[Tensor],
+    displacements: list[Tensor],
+    factors: Sequence[float] | None = None,
+) -> Iterator[None]:
     """Add the displacements to the parameters; restore every bit on any exit.
 
-    The list of displacements is emptied on entry: once applied they are not needed, and the
-    second forward pass should have their memory.
+    Args:
+        parameters: What moves.
+        displacements: One per parameter. The list is emptied on entry: once applied they are not
+            needed, and the second forward pass should have their memory.
+        factors: What each displacement is still to be multiplied by; nothing, if ``None``.
     """
     places = _locals(parameters)
     copies = [torch.empty_like(p, requires_grad=False) for p in places]
@@ -93,8 +112,14 @@ def moved(parameters: Sequence[Tensor], displacements: list[Tensor]) -> Iterator
         steps = _locals(displacements)
         displacements.clear()
         with torch.no_grad():
-            for here, _, indices in groups:
-                torch._foreach_add_(here, [steps[i] for i in indices])
+            if factors is None:
+                for here, _, indices in groups:
+                    torch._foreach_add_(here, [steps[i] for i in indices])
+            else:
+                for factor, indices in _by_factor(places, factors):
+                    torch._foreach_add_(
+                        [places[i] for i in indices], [steps[i] for i in indices], alpha=factor
+                    )
         del steps
         # Autocast keeps half-precision copies of weights, which would still be those of θ.
         torch.clear_autocast_cache()
@@ -116,10 +141,13 @@ def displacements(
     rho: Sequence[float],
     adaptive: Sequence[bool],
     eta: float,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], list[float], Tensor]:
     """``ε = ρ g / ||g||``, or ASAM's ``ρ T² g / ||T g||``, and the norm.
 
     A zero, infinite or NaN norm gives ε = 0, decided on the device.
+
+    On a CPU, where the host knows the norm, ε is g and a factor, to be multiplied while it is
+    added: writing it to fresh memory costs more than all else here.
 
     Args:
         gradients: g, one per parameter.
@@ -129,7 +157,8 @@ def displacements(
         eta: η of ASAM.
 
     Returns:
-        ε, one per parameter and of its dtype, and the norm, a scalar.
+        ε, one per parameter and of its dtype; what each is still to be multiplied by; and the
+        norm, a scalar.
     """
     scaled = [
         scaled_gradient(g, p, eta) if a else g
@@ -138,23 +167,28 @@ def displacements(
     norm = global_norm(scaled)
     inverse = 1 / norm
     inverse = torch.where(inverse.isfinite() & norm.isfinite(), inverse, torch.zeros_like(norm))
-    result = _locals(scaled)
+    result, places = _locals(scaled), _locals(parameters)
+    factors = [1.0] * len(result)
     groups: dict[Any, list[int]] = {}
     for index, gradient in enumerate(scaled):
-        key = (gradient.device, gradient.dtype, rho[index])
+        as_it_is = not adaptive[index] and gradient.dtype == places[index].dtype
+        key = (gradient.device, gradient.dtype, rho[index], as_it_is)
         groups.setdefault(key, []).append(index)
-    for (device, dtype, radius), indices in groups.items():
+    for (device, dtype, radius, as_it_is), indices in groups.items():
         factor = (inverse * radius).to(device)
         members = [result[i] for i in indices]
         if dtype in (torch.float16, torch.bfloat16):
             # ρ / ||g|| need not fit a half; the product does.
             members = [m.float() for m in members]
+        elif device.type == "cpu" and as_it_is and norm.isfinite():
+            for index in indices:
+                factors[index] = factor.item()
+            continue
         # Not in place: autograd may hand out one tensor for two parameters.
         members = list(torch._foreach_mul(members, factor.to(members[0].dtype)))
         _clear_if(~norm.isfinite(), members)
         for index, member in zip(indices, members, strict=True):
             result[index] = member
-    places = _locals(parameters)
     for index, (place, is_adaptive) in enumerate(zip(places, adaptive, strict=True)):
         if is_adaptive:
             magnitude = parameters[index].abs() + eta
@@ -164,7 +198,7 @@ def displacements(
             result[index] = result[index] * local
         if result[index].dtype != place.dtype:
             result[index] = result[index].to(place.dtype)
-    return result, norm
+    return result, factors, norm
 
 
 def _clear_if(condition: Tensor, tensors: list[Tensor]) -> None:

@@ -234,9 +234,9 @@ class SAMOptimizer(Optimizer):
     def _move(self) -> None:
         method = self.method
         assert self._ascent is not None
-        parameters, steps, _ = method._displacements(self._ascent)
+        parameters, steps, factors, _ = method._displacements(self._ascent)
         self._ascent = None
-        self._moved.enter_context(moved(parameters, steps))
+        self._moved.enter_context(moved(parameters, steps, factors))
         freeze = method.bn_perturbed == "freeze"
         self._moved.enter_context(frozen_running_stats(method._norms, freeze))
 

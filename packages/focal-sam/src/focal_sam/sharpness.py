@@ -364,10 +364,10 @@ class SharpnessMethod:
         """
         if self._inside:
             raise RuntimeError("perturbed() is already in force; leave that block first")
-        parameters, steps, _ = self._displacements(gradients)
+        parameters, steps, factors, _ = self._displacements(gradients)
         self._inside = True
         try:
-            with moved(parameters, steps):
+            with moved(parameters, steps, factors):
                 yield
         finally:
             self._inside = False
@@ -398,9 +398,9 @@ class SharpnessMethod:
         norm = None
         if active:
             gradients = self._parallel.mean_gradients(gradients, parameters)
-            moving, steps, norm = self._displacements(gradients)
+            moving, steps, factors, norm = self._displacements(gradients)
             gradients.clear()
-            self._sweep_at_perturbed(batches, engine, moving, steps, norm)
+            self._sweep_at_perturbed(batches, engine, norm, moved(moving, steps, factors))
         self.steps += 1
         return self._result(batches, norm, engine)
 
@@ -434,16 +434,15 @@ class SharpnessMethod:
         self,
         batches: Sequence[_Batch],
         engine: Backward,
-        parameters: Sequence[Tensor],
-        steps: list[Tensor],
         norm: Tensor,
+        at_perturbed: contextlib.AbstractContextManager[None],
     ) -> None:
         """Add ``g_1`` to ``p.grad``."""
         # With a scaler, a norm that overflowed must reach every process as an overflow.
         overflow = engine.overflow(norm)
         self._inside = True
         try:
-            with moved(parameters, steps):
+            with at_perturbed:
                 for batch in batches:
                     synced = batch is batches[-1]
                     with contextlib.nullcontext() if synced else self._parallel.unsynced():
@@ -590,8 +589,8 @@ class SharpnessMethod:
 
     def _displacements(
         self, gradients: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """The parameters that move, their ε, and the norm of ``g_b``."""
+    ) -> tuple[list[Tensor], list[Tensor], list[float], Tensor]:
+        """The parameters that move, their ε with factors, and the norm of ``g_b``."""
         members = [(p, g) for g in self.groups for p in g.params if p.requires_grad]
         if len(gradients) != len(members):
             raise ValueError(f"{len(gradients)} gradients for {len(members)} parameters")
@@ -603,7 +602,7 @@ class SharpnessMethod:
                 "a parameter has a sparse gradient; build its embedding with sparse=False"
             )
         parameters = [p for p, _, _ in used]
-        steps, norm = displacements(
+        steps, factors, norm = displacements(
             [d for _, _, d in used],
             parameters,
             rho=[g.rho for _, g, _ in used],
@@ -612,7 +611,7 @@ class SharpnessMethod:
         )
         if self.steps % LOST_EVERY == 0:
             self._watch_precision(parameters, steps)
-        return parameters, steps, norm
+        return parameters, steps, factors, norm
 
     def _watch_precision(self, parameters: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
         """Say so when ε vanishes in the rounding of half-precision parameters."""
