@@ -251,9 +251,8 @@ def steps(
         },
         "median_seconds": seconds,
         "quartiles": {which: t.interval for which, t in zip(steps, timings, strict=True)},
-        "times_faster": {
-            which: seconds["plain"] / seconds[which] for which in ("ours", "prefix_cache")
-        },
+        "times_faster": seconds["plain"] / seconds["ours"],
+        "times_faster_with_prefix_cache": seconds["plain"] / seconds["prefix_cache"],
     }
 
 

@@ -33,7 +33,10 @@ app = new_app(
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="A preset (see info), an open_clip architecture, or a hub id."),
+    typer.Option(
+        "--model",
+        help="A preset (see info), open_clip architecture, hf-hub:ID, local-dir:PATH, or hub id.",
+    ),
 ]
 Pretrained = Annotated[
     str | None, typer.Option("--pretrained", help="Weights for open_clip: a tag or a file.")
