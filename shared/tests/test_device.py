@@ -29,6 +29,23 @@ def test_unknown_device_names_what_is_there() -> None:
             select_device(name)
 
 
+@pytest.mark.parametrize("name", ["cuda", "auto"])
+def test_each_process_of_a_launcher_has_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert select_device(name) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert select_device(name) == torch.device("cuda", 0)  # alone, whatever is left over
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert select_device(name) == torch.device("cuda", 1)
+    assert select_device("cuda:0") == torch.device("cuda", 0)
+    assert select_device("cpu") == torch.device("cpu")
+    # Where each process is shown one GPU alone, that is number 0 in each.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert select_device(name) == torch.device("cuda", 0)
+
+
 def test_auto_prefers_cuda() -> None:
     expected = "cuda" if torch.cuda.is_available() else select_device("auto").type
     assert select_device("auto").type == expected

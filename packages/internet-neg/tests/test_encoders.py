@@ -1,6 +1,7 @@
 """Encoders of both libraries: cut towers, given embeddings, placeholders, wrong tokenizers."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from internet_neg import HFClipEncoder, InterNegError, OpenClipEncoder
 from internet_neg.encoders import DualEncoder
-from internet_neg.models import load_encoder
+from internet_neg.models import load_encoder, load_transform
 from shared_core.contrastive import WordTokenizer
 
 TEXTS = ["a", "a photo of a red star", "star of photo red star of a photo"]
@@ -236,6 +237,12 @@ def test_openais_weights_get_the_activation_they_were_trained_with(
     load_encoder("vit-b16")
     load_encoder("ViT-B-16", "laion2b_s34b_b88k")
     assert asked[1:] == [("ViT-B-16-quickgelu", "openai"), ("ViT-B-16", "laion2b_s34b_b88k")]
+    # Weights and architecture in one, of open_clip's making, not transformers'.
+    for name in ("hf-hub:owner/clip", "local-dir:some/folder"):
+        source = load_encoder(name).source
+        assert asked[-1] == (name, None)
+        assert source == {"library": "open_clip", "model": name, "pretrained": None}
+        load_encoder(name, None, library=source["library"])  # as a saved detector asks for it
 
 
 @pytest.mark.parametrize(
@@ -251,3 +258,17 @@ def test_models_that_cannot_be_loaded(model: str, pretrained: str | None, messag
         pytest.importorskip("transformers", reason="needs internet-neg[hf]")
     with pytest.raises(InterNegError, match=message):
         load_encoder(model, pretrained)
+
+
+def test_openoods_transform_in_the_size_of_the_model() -> None:
+    import PIL.Image
+    from open_clip import image_transform
+
+    ramp = torch.arange(300).clamp(max=255).byte().expand(400, 300).numpy()
+    image = PIL.Image.fromarray(ramp).convert("RGB")
+    for side in (224, 32):
+        own = image_transform(side, is_train=False)
+        found = load_transform("openood", SimpleNamespace(preprocess=own))(image)
+        assert found.shape == (3, side, side)
+        # The middle 224 of 256: of the ramp, more is cut away than by the model's own.
+        assert found.std() < 0.95 * own(image).std()

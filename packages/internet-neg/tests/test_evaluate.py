@@ -182,11 +182,19 @@ def test_presets_read_openoods_lists_and_count_them(
         unknown={name: small(part, 1) for name, part in near.unknown.items()},
     )
     monkeypatch.setitem(BENCHMARKS, "imagenet-near", shrunk)
+    with pytest.raises(InterNegError, match=r"neither in images_largescale/ nor in .*: a0.JPEG"):
+        Settings.from_preset("imagenet-near", tmp_path)
+    images, others = tmp_path / "images_largescale", tmp_path / "images_classic"
+    # As OpenOOD's textures, one of the sets is in the other folder.
+    for file in (images / "a0.JPEG", images / "b/test_imagenet.JPEG", images / "b/test_ninco.JPEG",
+                 others / "b/test_ssb_hard.JPEG"):  # fmt: skip
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     found = Settings.from_preset("imagenet-near", tmp_path)
-    images = tmp_path / "images_largescale"
     assert found.known == ([images / "b/test_imagenet.JPEG"], [7])
     assert len(found.shots[0]) == 16
     assert found.unknown["ninco"] == [images / "b/test_ninco.JPEG"]
+    assert found.unknown["ssb-hard"] == [others / "b/test_ssb_hard.JPEG"]
     assert (found.transform, found.config.groups, found.batch_size) == ("openood", 1, 256)
     assert (found.neglabel.negatives, found.neglabel.groups) == (10_000, 100)
     assert len(found.classnames) == 1000

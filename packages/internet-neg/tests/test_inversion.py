@@ -10,6 +10,7 @@ from torch import Tensor
 
 from internet_neg import InterNegError, OpenClipEncoder, invert_images
 from internet_neg.inversion import InversionTemplates, imagenet_templates
+from internet_neg.mini_clip import build_mini_clip
 from shared_core.contrastive import WordTokenizer
 
 Unit = Callable[..., Tensor]
@@ -189,3 +190,23 @@ def test_errors(mini: OpenClipEncoder, unit: Unit) -> None:
             invert_images(mini, v, **options)  # type: ignore[arg-type]
     with pytest.raises(InterNegError, match="NaN or infinity, first in row 1"):
         invert_images(mini, torch.cat([v[:1], v[:1] / 0]), templates=TEMPLATES)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_it_is_the_same_and_bfloat16_is_near(unit: Unit) -> None:
+    encoder = build_mini_clip(seed=1)
+    v = unit(6, encoder.dim)
+    options: dict[str, Any] = {
+        "steps": 3,
+        "templates": TEMPLATES,
+        "init_tokens": 0.02 * unit(6, encoder.text_width, seed=1),
+        "template_index": torch.arange(18).reshape(3, 6) % 3,
+    }
+    expected = invert_images(encoder, v, **options)
+    encoder.model.cuda()
+    found = invert_images(encoder, v.cuda(), **options)
+    assert found.device.type == "cuda"
+    assert torch.allclose(found.cpu(), expected, atol=1e-4)
+    half = invert_images(encoder, v.cuda(), dtype=torch.bfloat16, **options)
+    assert half.dtype == torch.float32
+    assert F.cosine_similarity(half, found).min() > 0.99

@@ -180,3 +180,13 @@ def test_memory_at_imagenets_size_stays_bounded() -> None:
     assert len(adj) + len(noun) == 2000
     if peak.bytes is not None:
         assert peak.bytes < 300e6
+
+
+@pytest.mark.cuda
+def test_a_gpu_selects_the_same_words(unit: Unit) -> None:
+    E, T, P = world(unit, n=400)
+    adjectives, nouns = E[:150], E[150:]
+    expected = select_negatives(nouns, adjectives, T, P, 60)
+    found = select_negatives(*(x.cuda() for x in (nouns, adjectives, T, P)), 60)
+    for one, other in zip(found, expected, strict=True):
+        assert one.cpu().tolist() == other.tolist()

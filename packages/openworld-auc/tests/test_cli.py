@@ -114,6 +114,14 @@ def test_train_resume_and_eval(run_cli: Run, pets, tools) -> None:
         assert Path("run", name).is_file()
     again = run_cli(main, *argv, "--out", "run", "--resume", "--json", "--device", "cpu")
     assert json.loads(again.stdout)["test"]["gmop"] == found
+    config = Path("run/config.json").read_text()
+    refused = run_cli(main, *argv, "--out", "run", "--resume", "--lam", 0.5)
+    assert (refused.code, "--resume with lam=0.5, but the run in run has lam=1.0" in
+            refused.stderr) == (2, True)  # fmt: skip
+    assert Path("run/config.json").read_text() == config  # which eval reads
+    faster = ["--prefix-cache", "--chunk", 2, "--out", "faster", "--json", "--device", "cpu"]
+    shown = run_cli(main, *argv, *faster)
+    assert json.loads(shown.stdout)["test"]["gmop"] == pytest.approx(found, abs=1e-6)
     refused = run_cli(main, *argv, "--out", "run")
     assert refused.code == 2
     assert "--resume" in refused.stderr

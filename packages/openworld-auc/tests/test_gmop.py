@@ -13,6 +13,7 @@ from openworld_auc.fusion import erf_scores
 from openworld_auc.prompts import encode_prompts, template_features
 from openworld_auc.train import TrainConfig, evaluation, extract_features
 from shared_core.contrastive import WordTokenizer
+from shared_core.errors import InputError
 from shared_core.run import RunFolder
 
 BASE, NEW = ["red star", "blue bar", "green ring", "red ring", "blue star"], ["pink dog", "cat"]
@@ -105,6 +106,56 @@ def test_prompts_encoded_together_or_in_chunks_are_the_same(backbone) -> None:
         features[0][:, 0].sum().backward(retain_graph=True)
         gradients.append(short.ctx.grad.clone())
     assert torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_prefix_that_is_computed_once_changes_nothing(kind, chunk) -> None:
+    model, tokenizer, _ = BACKBONES[kind]()
+    backbone = as_backbone(model, tokenizer)
+    g = torch.Generator().manual_seed(0)
+    prompts = [(PromptLearner(backbone, n, generator=g), names) for n, names in
+               ((4, BASE), (2, NEW), (7, BASE[1:]))]  # fmt: skip
+    found, gradients = [], []
+    for options in ({}, {"prefix_cache": True, "chunk": chunk}):
+        texts = encode_prompts(backbone, prompts, **options)
+        # A loss that depends on every number of every class.
+        loss = sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in texts)
+        found.append(torch.cat(texts))
+        gradients.append(torch.autograd.grad(loss, [learner.ctx for learner, _ in prompts]))
+    assert torch.allclose(*found, atol=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        assert one.abs().max() > 1e-3
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+# torch.compile looks at .grad of its arguments and hides the warning, but not as an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(("prefix_cache", "chunk"), [(False, None), (True, 4)])
+def test_training_is_the_same_compiled_and_with_shared_prefixes(backbone, prefix_cache, chunk):
+    features = batch()
+    contexts = []
+    for options in ({}, {"prefix_cache": prefix_cache, "chunk": chunk, "compile": "aot_eager"}):
+        model = GMoP(backbone, BASE, config=GMoPConfig(n_ctx_detector=3, **options))
+        GMoPTrainer(model, features, config=TrainConfig(lr=0.2, epochs=2, batch_size=8)).fit()
+        contexts.append(model.contexts())
+    for name, tensor in contexts[0].items():
+        assert torch.allclose(contexts[1][name], tensor, atol=1e-5)
+
+
+def test_nothing_is_tokenised_twice(backbone) -> None:
+    calls = []
+    tokenizer = backbone.tokenizer
+    backbone.tokenizer = lambda texts: calls.append(texts) or tokenizer(texts)
+    model = GMoP(backbone, BASE, config=GMoPConfig(n_ctx_detector=3))
+    model.loss(*batch())
+    seen = len(calls)
+    model.loss(*batch())
+    assert len(calls) == seen
+    model.set_classes(NEW, [*BASE[:-1], "green star"])  # other names are tokenised
+    model.loss(*batch())
+    assert len(calls) > seen
 
 
 def batch(n=20, seed=1):
@@ -437,6 +488,10 @@ def test_bad_input(backbone) -> None:
         GMoP(backbone, BASE, config=GMoPConfig(k=6))
     with pytest.raises(ValueError, match="gate is 'soft'"):
         GMoPConfig(gate="soft")
+    with pytest.raises(ValueError, match="chunk is 0; accepted: at least one"):
+        GMoPConfig(chunk=0)
+    with pytest.raises(ValueError, match=r"compile is 'fast'; accepted: .*inductor"):
+        GMoPConfig(compile="fast")
     with pytest.raises(ValueError, match=r"has to hold \{\} exactly once"):
         GMoP(backbone, BASE, config=GMoPConfig(template="a photo"))
     with pytest.raises(ValueError, match="is 4 tokens, n_ctx is 3"):
@@ -462,6 +517,14 @@ def test_bad_input(backbone) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GMoPTrainer(model, train)
+
+
+def test_blocks_of_another_make_share_no_prefix() -> None:
+    model, tokenizer, _ = open_clip_model()
+    model.transformer.resblocks[0].ln_1_kv = torch.nn.LayerNorm(32)  # as for cross-attention
+    with pytest.raises(InputError, match="prefix_cache is for text towers of plain attention"):
+        GMoP(model, BASE, config=GMoPConfig(prefix_cache=True), tokenizer=tokenizer)
+    GMoP(model, BASE, tokenizer=tokenizer)
 
 
 def test_models_that_are_read_elsewhere_are_refused() -> None:

@@ -31,12 +31,12 @@ def tiny_clip():
     return OpenClipBackbone(CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text), tokenizer)
 
 
-def tuned(backbone, run=None, **recipe):
+def tuned(backbone, **options):
     g = torch.Generator().manual_seed(1)
     features = F.normalize(torch.randn(23, 24, generator=g), dim=1), torch.arange(23) % 5
-    model = GMoP(backbone, BASE, config=GMoPConfig(n_ctx_detector=3))
-    config = TrainConfig(lr=0.2, epochs=3, batch_size=8, **recipe)
-    history = GMoPTrainer(model, features, config=config, run=run).fit()
+    model = GMoP(backbone, BASE, config=GMoPConfig(n_ctx_detector=3, **options))
+    config = TrainConfig(lr=0.2, epochs=3, batch_size=8)
+    history = GMoPTrainer(model, features, config=config).fit()
     return history, model.contexts()
 
 
@@ -85,6 +85,9 @@ def in_processes(rank, world, folder, argv):
     backbone.encode_prompt_embeds = lambda e, i: encoded.append(len(e)) or encode(e, i)
     history, contexts = tuned(backbone)
     assert set(encoded) == {5, 7 + rank}  # 5 zero-shot prompts once; of 15 a step its share
+    # Each process computes the prefixes of its own share, and adds its part of their gradient.
+    shared = tuned(backbone, prefix_cache=True, chunk=4)[1]
+    assert all(torch.allclose(shared[name], contexts[name], atol=1e-5) for name in contexts)
     kept = extract_features(backbone, images(9), cache=Path(folder) / "cache", batch_size=4)
     again = extract_features(backbone, images(9), cache=Path(folder) / "cache")
     assert all(map(torch.equal, kept, again))

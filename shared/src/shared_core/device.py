@@ -23,6 +23,7 @@ __all__ = [
     "autocast",
     "environment",
     "measure_time",
+    "own_gpu",
     "peak_memory",
     "seed_everything",
     "select_device",
@@ -41,11 +42,26 @@ def _available() -> list[str]:
     return names
 
 
+def own_gpu() -> int:
+    """The number of this process's GPU; 0 unless a launcher started several on this machine.
+
+    Example:
+        >>> own_gpu()
+        0
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    # A launcher may also show each process one GPU alone, which then is number 0 for all.
+    return local % (torch.cuda.device_count() or local + 1)
+
+
 def select_device(name: str = "auto") -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:i`` or ``mps`` into a device that is present.
 
     Args:
-        name: The wish; ``auto`` takes CUDA, then MPS, then the CPU.
+        name: The wish; ``auto`` takes CUDA, then MPS, then the CPU. Of several processes that a
+            launcher such as torchrun started, each gets a GPU of its own, unless one is named.
 
     Raises:
         InputError: If the name is not a device or the device is not there; the message lists
@@ -56,11 +72,9 @@ def select_device(name: str = "auto") -> torch.device:
         device(type='cpu')
     """
     available = _available()
-    if name == "auto":
-        if "cuda:0" in available:
-            return torch.device("cuda", 0)
+    if name == "auto" and "cuda:0" not in available:
         return torch.device(available[-1])
-    wanted = "cuda:0" if name == "cuda" else name
+    wanted = f"cuda:{own_gpu()}" if name in ("auto", "cuda") else name
     if wanted not in available:
         raise InputError(f"device {name!r} is not here; available: auto, {', '.join(available)}")
     return torch.device(wanted)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from shared_core.device import own_gpu
+
 __all__ = ["Processes", "is_first", "is_parallel", "join_processes", "launched"]
 
 
@@ -58,7 +60,8 @@ def launched(device: torch.device) -> Processes:
     process gets its own, unless `device` names one.
 
     Args:
-        device: Where to compute; ``cuda`` without an index is completed.
+        device: Where to compute; ``cuda`` without an index is completed, as
+            `shared_core.device.select_device` does too.
 
     Example:
         >>> launched(torch.device("cpu"))
@@ -69,7 +72,7 @@ def launched(device: torch.device) -> Processes:
     else:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if str(device) == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", own_gpu())
     return Processes(rank, world, device)
 
 

@@ -72,12 +72,19 @@ class Settings:
 
         def read(part: ImageList) -> Images:
             path = root / "benchmark_imglist" / part.imglist
-            found = read_imglist(path, root / "images_largescale")
-            if len(found[0]) != part.count:
-                raise InterNegError(
-                    f"{path} lists {len(found[0])} images; the benchmark has {part.count}"
-                )
-            return found
+            # OpenOOD keeps the texture images apart from the others.
+            for folder in ("images_largescale", "images_classic"):
+                images, labels = read_imglist(path, root / folder)
+                if len(images) != part.count:
+                    raise InterNegError(
+                        f"{path} lists {len(images)} images; the benchmark has {part.count}"
+                    )
+                if images[0].is_file():
+                    return list(images), labels
+            raise InterNegError(
+                f"the images of {path} are neither in images_largescale/ nor in images_classic/ of "
+                f"{root}: {images[0].relative_to(root / folder)}"
+            )
 
         images, labels = read(benchmark.train)
         return cls(

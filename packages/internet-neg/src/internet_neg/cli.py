@@ -33,7 +33,10 @@ app = new_app(
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="A preset (see info), an open_clip architecture, or a hub id."),
+    typer.Option(
+        "--model",
+        help="A preset (see info), open_clip architecture, hf-hub:ID, local-dir:PATH, or hub id.",
+    ),
 ]
 Pretrained = Annotated[
     str | None, typer.Option("--pretrained", help="Weights for open_clip: a tag or a file.")
@@ -87,25 +90,13 @@ def _class_names(classes: Path | None, id_images: str | None) -> list[str]:
     return labelled_images(id_images, "train")[2]
 
 
-def _device(name: str) -> Any:
-    """The device; of several processes, each takes its own GPU unless one is named."""
-    import torch
-
-    from shared_core.device import select_device
-    from shared_core.parallel import launched
-
-    device = select_device(name)
-    if device.type == "cuda" and ":" not in name:
-        device = torch.device("cuda")
-    return launched(device).device
-
-
 def _encoder(model: str | None, pretrained: str | None, device: str) -> Any:
     from internet_neg.models import load_encoder
+    from shared_core.device import select_device
 
     if model is None:
         raise InputError("which model? --model vit-b16, or an architecture with --pretrained")
-    return load_encoder(model, pretrained, device=_device(device))
+    return load_encoder(model, pretrained, device=select_device(device))
 
 
 @command(app)
@@ -312,6 +303,7 @@ def score(
     from internet_neg.errors import InterNegError
     from internet_neg.models import load_encoder
     from internet_neg.proxies import read_image
+    from shared_core.device import select_device
     from shared_core.run import RunFolder, atomic_path, progress
 
     if threshold is not None and not 0 <= threshold <= 1:
@@ -324,7 +316,7 @@ def score(
         source = json.loads((detector / "config.json").read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{detector} holds no detector: {error}") from error
-    chosen = _device(device)
+    chosen = select_device(device)
     if model is not None:
         encoder = load_encoder(model, pretrained, device=chosen)
     elif source:

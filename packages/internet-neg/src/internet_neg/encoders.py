@@ -270,12 +270,13 @@ class OpenClipEncoder(_Encoder):
 
     @classmethod
     def from_pretrained(
-        cls, model: str, pretrained: str, *, device: torch.device | None = None
+        cls, model: str, pretrained: str | None = None, *, device: torch.device | None = None
     ) -> "OpenClipEncoder":
         """A model of open_clip by architecture and weights.
 
         Args:
-            model: Such as ``ViT-B-16-quickgelu``, or ``hf-hub:...``.
+            model: Such as ``ViT-B-16-quickgelu``; or, with weights, ``hf-hub:ID`` or
+                ``local-dir:PATH``.
             pretrained: A tag such as ``openai``, or a file of weights.
             device: Where to; by default the CPU.
 
@@ -292,7 +293,7 @@ class OpenClipEncoder(_Encoder):
             model = f"{model}-quickgelu"
         try:
             network, _, preprocess = open_clip.create_model_and_transforms(
-                model, pretrained=pretrained or None, device=device or "cpu"
+                model, pretrained=pretrained, device=device or "cpu"
             )
             tokenizer = open_clip.get_tokenizer(model)
         except (RuntimeError, ValueError, KeyError, OSError) as error:

@@ -27,10 +27,11 @@ def load_encoder(
 
     Args:
         model: A key of `internet_neg.presets.MODELS`, a folder with a mini-CLIP, an architecture of
-            open_clip, or a hub id or folder of transformers.
+            open_clip, open_clip's ``hf-hub:ID`` or ``local-dir:PATH``, or a hub id or folder of
+            transformers.
         pretrained: Weights for open_clip: a tag or a file.
         library: ``open_clip``, ``hf`` or ``mini``, if it is known; otherwise a folder with a
-            mini-CLIP is one, weights mean open_clip, and a slash means transformers.
+            mini-CLIP is one, weights or such a prefix mean open_clip, and a slash transformers.
         device: Where to; by default the CPU.
 
     Raises:
@@ -45,10 +46,11 @@ def load_encoder(
     if library is None and pretrained is None and name in MODELS:
         preset = MODELS[name]
         name, pretrained, library = preset.model, preset.pretrained, preset.library
+    whole = name.startswith(("hf-hub:", "local-dir:"))  # the architecture with its weights
     if library is None:
         if (Path(name) / FILE).is_file():
             library = "mini"
-        elif pretrained is None and ("/" in name or Path(name).is_dir()):
+        elif pretrained is None and not whole and ("/" in name or Path(name).is_dir()):
             library = "hf"
         else:
             library = "open_clip"
@@ -58,7 +60,7 @@ def load_encoder(
         return HFClipEncoder.from_pretrained(name, device=device)
     if library != "open_clip":
         raise InterNegError(f"library {library!r}; accepted: open_clip, hf, mini")
-    if pretrained is None:
+    if pretrained is None and not whole:
         raise InterNegError(
             f"which weights for {name}? give --pretrained (such as openai), or a model of: "
             f"{', '.join(MODELS)}"
@@ -71,29 +73,33 @@ def load_transform(name: str, encoder: Any) -> Callable[[Any], Tensor]:
 
     Args:
         name: ``clip`` for the model's own, ``openood`` for OpenOOD's: the short side to 256 pixels,
-            the middle 224, CLIP's mean and deviation.
-        encoder: Whose own transform.
+            the middle 224 (both in proportion for a model of another size), CLIP's mean and
+            deviation.
+        encoder: For which model.
 
     Raises:
         InterNegError: If the name is not known.
 
     Example:
         >>> import PIL.Image
-        >>> load_transform("openood", None)(PIL.Image.new("RGB", (300, 400))).shape
-        torch.Size([3, 224, 224])
+        >>> from internet_neg.mini_clip import build_mini_clip
+        >>> load_transform("openood", build_mini_clip())(PIL.Image.new("RGB", (300, 400))).shape
+        torch.Size([3, 32, 32])
     """
     if name == "clip":
         own: Callable[[Any], Tensor] = encoder.preprocess
         return own
     if name != "openood":
         raise InterNegError(f"transform {name!r}; accepted: clip, openood")
+    import PIL.Image
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from torchvision import transforms
 
+    side = encoder.preprocess(PIL.Image.new("RGB", (256, 256))).shape[-1]
     chain: Callable[[Any], Tensor] = transforms.Compose(
         [
-            transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(224),
+            transforms.Resize(round(side * 256 / 224), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(side),
             transforms.ToTensor(),
             transforms.Normalize(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
         ]

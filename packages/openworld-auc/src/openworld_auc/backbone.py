@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from openworld_auc._prefix import hf_blocks, open_clip_blocks, run_after_prefixes
 from shared_core.errors import InputError, MissingExtraError
 
 __all__ = ["ClipBackbone", "HFBackbone", "OpenClipBackbone", "as_backbone", "load_backbone"]
@@ -20,6 +21,9 @@ __all__ = ["ClipBackbone", "HFBackbone", "OpenClipBackbone", "as_backbone", "loa
 
 class ClipBackbone(Protocol):
     """What prompt tuning needs of an image-text model.
+
+    One that has ``shares_prefixes = True`` and ``encode_with_prefix``, as the adapters below have,
+    can be used with ``GMoPConfig(prefix_cache=True)``.
 
     Attributes:
         context_length: Longest sequence.
@@ -90,6 +94,55 @@ class _Backbone(nn.Module):
         """Position at which each sequence is read."""
         raise NotImplementedError
 
+    def _blocks(self) -> list[Any] | None:
+        """The text tower's blocks, taken apart; None if that cannot be."""
+        raise NotImplementedError
+
+    def _positions(self) -> Tensor:
+        """Embedding of each position, in the dtype of the text tower."""
+        raise NotImplementedError
+
+    def _read(self, stream: Tensor, at: Tensor) -> Tensor:
+        """Normalised float32 features from what the last block gives."""
+        raise NotImplementedError
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether `encode_with_prefix` can be used."""
+        return self._blocks() is not None
+
+    def encode_with_prefix(
+        self,
+        prefix: Float[Tensor, "p n W"],
+        suffix: Float[Tensor, "t m W"],
+        end_index: Int[Tensor, " t"],
+        *,
+        lengths: Sequence[int],
+        counts: Sequence[int],
+    ) -> Float[Tensor, "t D"]:
+        """Features of embedded sequences that begin alike, the beginnings computed once.
+
+        Args:
+            prefix: The beginnings, padded on the right.
+            suffix: What follows; the suffixes of a prefix are in a row.
+            end_index: Where in its suffix a sequence is read.
+            lengths: Of the beginnings, without padding.
+            counts: How many suffixes each beginning has.
+        """
+        positions = self._positions()
+        start = torch.cat(
+            [positions[None, n : n + suffix.shape[1]].expand(c, -1, -1)
+             for n, c in zip(lengths, counts, strict=True)]
+        )  # fmt: skip
+        stream = run_after_prefixes(
+            cast(list[Any], self._blocks()),
+            prefix.to(positions.dtype) + positions[: prefix.shape[1]],
+            lengths,
+            suffix.to(positions.dtype) + start,
+            counts,
+        )
+        return self._read(stream, end_index)
+
 
 class OpenClipBackbone(_Backbone):
     """An open_clip ``CLIP`` or ``CustomTextCLIP`` with its tokenizer.
@@ -151,10 +204,21 @@ class OpenClipBackbone(_Backbone):
     ) -> Float[Tensor, "t D"]:
         """Normalised float32 features of embedded sequences."""
         tower, length = self._tower, embeds.shape[1]
-        dtype = tower.transformer.get_cast_dtype()
-        x = embeds.to(dtype) + tower.positional_embedding[:length].to(dtype)
+        positions = self._positions()
+        x = embeds.to(positions.dtype) + positions[:length]
         x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-        x = tower.ln_final(x)[torch.arange(len(x), device=x.device), end_index]
+        return self._read(x, end_index)
+
+    def _blocks(self) -> list[Any] | None:
+        return open_clip_blocks(self._tower.transformer)
+
+    def _positions(self) -> Tensor:
+        tower = self._tower
+        return cast(Tensor, tower.positional_embedding.to(tower.transformer.get_cast_dtype()))
+
+    def _read(self, stream: Tensor, at: Tensor) -> Tensor:
+        tower = self._tower
+        x = tower.ln_final(stream)[torch.arange(len(stream), device=stream.device), at]
         projection = tower.text_projection
         if isinstance(projection, nn.Linear):
             x = projection(x)
@@ -217,7 +281,17 @@ class HFBackbone(_Backbone):
         mask = torch.full((length, length), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
         mask = mask.expand(len(x), 1, length, length)
         x = tower.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
-        x = tower.final_layer_norm(x)[torch.arange(len(x), device=x.device), end_index]
+        return self._read(x, end_index)
+
+    def _blocks(self) -> list[Any] | None:
+        return hf_blocks(self.model.text_model.encoder)
+
+    def _positions(self) -> Tensor:
+        return cast(Tensor, self.model.text_model.embeddings.position_embedding.weight)
+
+    def _read(self, stream: Tensor, at: Tensor) -> Tensor:
+        x = self.model.text_model.final_layer_norm(stream)
+        x = x[torch.arange(len(x), device=x.device), at]
         return F.normalize(self.model.text_projection(x).float(), dim=-1)
 
 

@@ -257,6 +257,17 @@ def train(
         int | None,
         typer.Option("--detectors-per-step", help="Train so many of them in turns; approximate."),
     ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option("--chunk", help="Prompts encoded at a time; saves memory with many classes."),
+    ] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option("--prefix-cache", help="Encode what a prompt's sequences share only once."),
+    ] = False,
+    compile_tower: Annotated[
+        bool, typer.Option("--compile", help="Compile the text tower.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
     ] = "float32",
@@ -282,24 +293,29 @@ def train(
     from openworld_auc.backbone import load_backbone
     from openworld_auc.gmop import GMoP
     from openworld_auc.train import GMoPTrainer, extract_features
-    from shared_core.device import select_dtype
+    from shared_core.checkpoints import check_same
+    from shared_core.device import select_device, select_dtype
     from shared_core.parallel import join_processes
     from shared_core.run import RunFolder, write_json
 
-    benchmark, settings = _recipe(preset, method)
+    benchmark, preset_of = _recipe(preset, method)
     base = benchmark.base if benchmark is not None and base is None else base
     changes = {"k": k, "lam": lam, "alpha": alpha, "template": template, "seed": seed}
-    model_config = replace(settings.model, **_given(changes))
+    changes |= {"chunk": chunk, "prefix_cache": prefix_cache, "compile": compile_tower}
+    model_config = replace(preset_of.model, **_given(changes))
     changes = {"epochs": epochs, "lr": lr, "seed": seed, "batch_size": batch_size, "dtype": dtype}
     changes["detectors_per_step"] = detectors_per_step
-    recipe = replace(settings.train, **_given(changes))
-    with join_processes(_device(device)) as here:
+    recipe = replace(preset_of.train, **_given(changes))
+    with join_processes(select_device(device)) as here:
         chosen = here.device
         kind = select_dtype(dtype, chosen)
         run = RunFolder(out or Path(f"runs/openworld-auc/train-{preset or method}"), resume=resume)
         clip, transform = load_backbone(backbone, pretrained, device=chosen)
         parts = _parts(data, transform, base, shots, seed, test_data, test_split, split_file)
-        source = {
+        settings = {
+            **asdict(model_config),
+            **asdict(recipe),
+            "method": method,
             "backbone": backbone,
             "pretrained": pretrained,
             "data": data,
@@ -311,15 +327,12 @@ def train(
             "seed": seed,
             "dtype": str(kind).removeprefix("torch."),
         }
+        if run.has_checkpoint:
+            check_same(settings, run.path)
         if here.first:
             run.write_config(
                 "openworld-auc train",
-                {
-                    **source,
-                    "method": method,
-                    "model": asdict(model_config),
-                    "train": asdict(recipe),
-                },
+                settings,
                 distributions=["openworld-auc", "open_clip_torch"],
             )
             write_json(run.path / "manifest.json", parts.manifest)
@@ -455,16 +468,6 @@ def presets(as_json: Json = False) -> None:
     backbones = ", ".join(f"{name} ({weights})" for name, weights in BACKBONES)
     text = f"{format_table(rows)}\n\nmethods: {', '.join(METHODS)}\nbackbones: {backbones}"
     show_result(summary, text, as_json=as_json)
-
-
-def _device(name: str) -> Any:
-    """The device; a GPU without its number, which of several processes each has for itself."""
-    import torch
-
-    from shared_core.device import select_device
-
-    chosen = select_device(name)
-    return torch.device("cuda") if chosen.type == "cuda" and ":" not in name else chosen
 
 
 def _recipe(preset: str | None, method: str) -> tuple[Any, Any]:

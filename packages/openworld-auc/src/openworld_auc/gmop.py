@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -23,7 +24,14 @@ from openworld_auc.backbone import as_backbone
 from openworld_auc.fusion import erf_scores
 from openworld_auc.losses import SURROGATES, Surrogate, gated_pairwise_auc_loss
 from openworld_auc.partition import pseudo_partition
-from openworld_auc.prompts import PromptLearner, clean_names, encode_prompts, template_features
+from openworld_auc.prompts import (
+    Fixed,
+    PromptLearner,
+    clean_names,
+    encode_prompts,
+    fix,
+    template_features,
+)
 from shared_core.errors import InputError
 from shared_core.run import atomic_path, write_json
 
@@ -60,7 +68,13 @@ class GMoPConfig:
         template: The hand-written prompt.
         init: A phrase as the first context of g; otherwise it is random.
         seed: Of random contexts and partitions.
-        chunk: Sequences encoded at a time, for a thousand classes and more.
+        chunk: Sequences encoded at a time, for a thousand classes and more; what they need for the
+            backward pass is computed anew there.
+        prefix_cache: Compute what all sequences of a prompt begin with, the start token and the
+            context, once in a step instead of for each class. Exact; the more it saves, the longer
+            the contexts.
+        compile: Whether training runs the text tower through ``torch.compile``, or with which of
+            its backends. The shapes of a training step never change.
     """
 
     n_ctx: int = 4
@@ -85,8 +99,15 @@ class GMoPConfig:
     init: str | None = None
     seed: int = 0
     chunk: int | None = None
+    prefix_cache: bool = False
+    compile: bool | str = False
 
     def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"chunk is {self.chunk}; accepted: at least one sequence at a time")
+        if isinstance(self.compile, str):
+            known = torch.compiler.list_backends(exclude_tags=())
+            check_choice("compile", self.compile, tuple(known))
         check_choice("gate", self.gate, ("sigmoid", "prob", "hard", "none"))
         check_choice("surrogate", self.surrogate, SURROGATES)
         for name in ("base_prompt", "new_prompt", "detector_prompt"):
@@ -173,6 +194,13 @@ class GMoP(nn.Module):
         self.register_buffer("_columns", columns.to(self.backbone.scale.device), persistent=False)
         self._zero_shot = template_features(self.backbone, self.base_classes, config.template)
         self._tested: dict[str, Any] | None = None
+        self._fixed: dict[tuple[tuple[str, ...], int], Fixed] = {}
+        if config.prefix_cache and not getattr(self.backbone, "shares_prefixes", False):
+            raise InputError(
+                "prefix_cache is for text towers of plain attention blocks (open_clip's, Hugging "
+                "Face's CLIP); this one attends in a way of its own: leave it off"
+            )
+        self._tower = _compiled(self.backbone, config.compile) if config.compile else None
 
     def train(self, mode: bool = True) -> "GMoP":
         """Forget text features when training may change them; the backbone stays as it is."""
@@ -205,6 +233,7 @@ class GMoP(nn.Module):
             self._zero_shot = template_features(self.backbone, base, self.config.template)
         self.base_classes, self.new_classes = base, new
         self._tested = None
+        self._fixed.clear()
         return self
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b D"]:
@@ -277,7 +306,7 @@ class GMoP(nn.Module):
         for k, part in zip(chosen, parts, strict=False):
             names = [self.base_classes[c] for c in part.vocabulary]
             prompts.append((cast(PromptLearner, self.detectors[k]), names))
-        texts = encode_prompts(self.backbone, prompts, chunk=config.chunk, split=split)
+        texts = self._encode(prompts, split=split, tower=self._tower)
         if base_logits is None:
             base_logits = self._logits(features, texts.pop(0))
         if new_logits is None:
@@ -318,6 +347,25 @@ class GMoP(nn.Module):
                 gates.append(p if self.config.gate == "prob" else p.sigmoid())
         return gates[0], gates[1]
 
+    def _encode(
+        self, prompts: Sequence[tuple[PromptLearner, Sequence[str]]], **options: Any
+    ) -> list[Tensor]:
+        fixed = []
+        for learner, names in prompts:
+            key = (tuple(names), len(learner.ctx))
+            if key not in self._fixed:
+                self._fixed[key] = fix(self.backbone, names, len(learner.ctx))
+            fixed.append(self._fixed[key])
+        config = self.config
+        return encode_prompts(
+            self.backbone,
+            prompts,
+            chunk=config.chunk,
+            prefix_cache=config.prefix_cache,
+            fixed=fixed,
+            **options,
+        )
+
     def _texts(self) -> dict[str, Any]:
         """Text features of all roles; in evaluation mode they are computed once."""
         if self._tested is not None:
@@ -328,7 +376,7 @@ class GMoP(nn.Module):
         with torch.no_grad():
             learners = [cast(PromptLearner, d) for d in self.detectors]
             prompts = [(self.classifier, both), *((d, names) for d in learners)]
-            tuned, *detectors = encode_prompts(self.backbone, prompts, chunk=config.chunk)
+            tuned, *detectors = self._encode(prompts)
             if self.new_classes:
                 new = template_features(self.backbone, self.new_classes, config.template)
                 template = torch.cat([self._zero_shot, new])
@@ -492,3 +540,14 @@ class GMoP(nn.Module):
         model = cls(backbone, base, config=config, tokenizer=tokenizer)
         model.load_contexts(tensors)
         return model.set_classes(new).eval()
+
+
+def _compiled(backbone: Any, backend: bool | str) -> SimpleNamespace:
+    """The backbone's two ways to encode text, compiled for shapes that do not change."""
+    names = ("encode_prompt_embeds", "encode_with_prefix")
+    how: dict[str, Any] = {"dynamic": False}
+    if isinstance(backend, str):
+        how["backend"] = backend
+    return SimpleNamespace(
+        **{n: torch.compile(getattr(backbone, n), **how) for n in names if hasattr(backbone, n)}
+    )

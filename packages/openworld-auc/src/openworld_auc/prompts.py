@@ -5,7 +5,8 @@ classes, the class name at the end.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,7 @@ from openworld_auc._parallel import gather, share
 from shared_core.data.prompts import fill
 from shared_core.errors import InputError
 
-__all__ = ["PromptLearner", "clean_names", "encode_prompts", "template_features"]
+__all__ = ["Fixed", "PromptLearner", "clean_names", "encode_prompts", "fix", "template_features"]
 
 
 def clean_names(names: Sequence[str], role: str = "class") -> list[str]:
@@ -99,13 +100,45 @@ class PromptLearner(nn.Module):
         Raises:
             InputError: If a sequence is longer than the context length of the backbone.
         """
-        prefix, suffix, read_at = _constants(backbone, tuple(names), len(self.ctx))
-        ctx = self.ctx.to(suffix.dtype).expand(len(names), -1, -1)
-        return torch.cat([prefix, ctx, suffix], 1), read_at
+        fixed = fix(backbone, names, len(self.ctx))
+        prefix = self.prefix(fixed)
+        embeds = torch.cat([prefix.expand(len(names), -1, -1), fixed.suffix], 1)
+        return embeds, fixed.ends + len(prefix)
+
+    def prefix(self, fixed: "Fixed") -> Float[Tensor, "n W"]:
+        """What the sequences of all classes begin with: the start token, if any, and the context.
+
+        Args:
+            fixed: From `fix`.
+        """
+        return torch.cat([fixed.start, self.ctx.to(fixed.start.dtype)])
 
 
-def _constants(backbone: Any, names: tuple[str, ...], n_ctx: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings before and after the context, cut where padding begins, and reading positions."""
+class Fixed(NamedTuple):
+    """What no step of training changes in a prompt's sequences.
+
+    Attributes:
+        start: Embedding of the start token, [1, W], or [0, W] if there is none.
+        suffix: Those of class names and ends, cut where padding begins, [classes, m, W].
+        ends: Where in its suffix a sequence is read, [classes].
+    """
+
+    start: Tensor
+    suffix: Tensor
+    ends: Tensor
+
+
+def fix(backbone: Any, names: Sequence[str], n_ctx: int) -> Fixed:
+    """Tokenise and embed class names that follow a context.
+
+    Args:
+        backbone: The backbone.
+        names: Class names.
+        n_ctx: Length of the context.
+
+    Raises:
+        InputError: If a sequence is longer than the context length of the backbone.
+    """
     ids = backbone.tokenize([f"{name}." for name in names])
     ends = backbone.end_index(ids) + n_ctx
     longest = int(ends.max()) + 1
@@ -119,7 +152,7 @@ def _constants(backbone: Any, names: tuple[str, ...], n_ctx: int) -> tuple[Tenso
     with torch.no_grad():
         # Attention looks back only: what comes after the last end token changes nothing.
         embedded = backbone.embed_tokens(ids[:, : longest - n_ctx])
-    return embedded[:, :start], embedded[:, start:], ends
+    return Fixed(embedded[0, :start], embedded[:, start:], ends - n_ctx - start)
 
 
 def encode_prompts(
@@ -128,6 +161,9 @@ def encode_prompts(
     *,
     chunk: int | None = None,
     split: bool = False,
+    prefix_cache: bool = False,
+    fixed: Sequence[Fixed] | None = None,
+    tower: Any = None,
 ) -> list[Float[Tensor, "classes D"]]:
     """Text features of several prompts in one call, padded to their common length.
 
@@ -137,30 +173,81 @@ def encode_prompts(
         chunk: Sequences at a time, with their activations computed anew in the backward pass; for
             a thousand classes and more. By default all at once.
         split: Whether the processes of torch.distributed encode a share each, and gather.
+        prefix_cache: Compute what a prompt's sequences begin with once, not for each class.
+        fixed: Of each prompt, what `fix` gave for it, so that nothing is tokenised again.
+        tower: What has the backbone's ``encode_prompt_embeds`` and ``encode_with_prefix``, compiled
+            perhaps; by default the backbone.
     """
     if not prompts:
         return []
-    made = [learner(backbone, names) for learner, names in prompts]
-    length = max(embeds.shape[1] for embeds, _ in made)
-    padded = [nn.functional.pad(e, (0, 0, 0, length - e.shape[1])) for e, _ in made]
-    embeds, ends = torch.cat(padded), torch.cat([read_at for _, read_at in made])
-    total = len(embeds)
-    if split:
-        own = share(total)
-        embeds, ends = embeds[own], ends[own]
-    if chunk is None or chunk >= len(embeds):
-        features = backbone.encode_prompt_embeds(embeds, ends)
+    tower = backbone if tower is None else tower
+    if fixed is None:
+        fixed = [fix(backbone, names, len(learner.ctx)) for learner, names in prompts]
+    sizes = [len(f.suffix) for f in fixed]
+    total = sum(sizes)
+    own = share(total) if split else slice(0, total)
+    step = chunk if chunk is not None and chunk < own.stop - own.start else own.stop - own.start
+    parts = [slice(s, min(s + step, own.stop)) for s in range(own.start, own.stop, step)]
+    prefixes = [learner.prefix(f) for (learner, _), f in zip(prompts, fixed, strict=True)]
+    encode = _after_prefixes if prefix_cache else _in_full
+    calls = encode(tower, prefixes, fixed, sizes, parts)
+    if len(parts) == 1:
+        features = [call(*tensors) for call, tensors in calls]
     else:
-        encode = cast(Callable[..., Tensor], backbone.encode_prompt_embeds)
-        features = torch.cat(
-            [
-                checkpoint(encode, e, r, use_reentrant=False)
-                for e, r in zip(torch.split(embeds, chunk), torch.split(ends, chunk), strict=True)
-            ]
-        )
+        features = [checkpoint(call, *tensors, use_reentrant=False) for call, tensors in calls]
+    whole = torch.cat(features)
     if split:
-        features = gather(features, total)
-    return list(torch.split(features, [len(names) for _, names in prompts]))
+        whole = gather(whole, total)
+    return list(torch.split(whole, sizes))
+
+
+Call = tuple[Callable[..., Tensor], Sequence[Tensor]]
+
+
+def _in_full(
+    tower: Any,
+    prefixes: Sequence[Tensor],
+    fixed: Sequence[Fixed],
+    sizes: Sequence[int],
+    parts: Sequence[slice],
+) -> list[Call]:
+    """For each part of all sequences in a row: a function of tensors that gives its features."""
+    made = [
+        torch.cat([prefix.expand(size, -1, -1), f.suffix], 1)
+        for prefix, f, size in zip(prefixes, fixed, sizes, strict=True)
+    ]
+    embeds = _stack(made)
+    ends = torch.cat([f.ends + len(p) for p, f in zip(prefixes, fixed, strict=True)])
+    return [(tower.encode_prompt_embeds, (embeds[part], ends[part])) for part in parts]
+
+
+def _after_prefixes(
+    tower: Any,
+    prefixes: Sequence[Tensor],
+    fixed: Sequence[Fixed],
+    sizes: Sequence[int],
+    parts: Sequence[slice],
+) -> list[Call]:
+    """As `_in_full`, with each prompt's prefix once in a part."""
+    suffixes, ends = _stack([f.suffix for f in fixed]), torch.cat([f.ends for f in fixed])
+    calls: list[Call] = []
+    for part in parts:
+        # How many of the part's sequences are of each prompt; prompts without any stay out.
+        first, counts = 0, []
+        for size in sizes:
+            counts.append(max(0, min(part.stop, first + size) - max(part.start, first)))
+            first += size
+        used = [p for p, count in zip(prefixes, counts, strict=True) if count]
+        lengths, counts = [len(p) for p in used], [count for count in counts if count]
+        call = partial(tower.encode_with_prefix, lengths=lengths, counts=counts)
+        calls.append((call, (_stack([p[None] for p in used]), suffixes[part], ends[part])))
+    return calls
+
+
+def _stack(made: Sequence[Tensor]) -> Tensor:
+    """Sequences of several lengths [t, m, W], padded to the longest, in a row."""
+    longest = max(m.shape[1] for m in made)
+    return torch.cat([nn.functional.pad(m, (0, 0, 0, longest - m.shape[1])) for m in made])
 
 
 @torch.no_grad()
