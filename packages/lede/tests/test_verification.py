@@ -165,6 +165,9 @@ class Tables(LayerRunner):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    def prepare(self) -> None:
+        pass
+
     def frame(self, starts: Any, width: int, padding: Any, cache: Any) -> Any:
         return None
 

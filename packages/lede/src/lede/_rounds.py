@@ -101,6 +101,7 @@ class Rounds:
         self._shadow: dict[int, list[Tensor]] = {}
         self._unseen = np.full((rows, 3), np.nan)
         policy.reset(rows, self.exits, runner.depth, max_draft)
+        runner.prepare()
         if width > 1:
             head = prompt[:, :-1].to(runner.device)
             frame = runner.frame(np.zeros(rows, dtype=np.int64), width - 1, padding, self.cache)

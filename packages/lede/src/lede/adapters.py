@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lede.cache import Frame, RaggedCache
+from lede.direct import DirectLayer, direct_layers, turns
 from lede.errors import UnsupportedModelError
 
 __all__ = ["LayerRunner", "layer_runner", "register_adapter", "supported_model_types"]
@@ -59,6 +60,12 @@ class LayerRunner:
                 "model.set_attn_implementation('sdpa')"
             )
         self._eager = attention == "eager"
+        self._direct: list[DirectLayer] | None = None
+
+    def prepare(self) -> None:
+        """Look at the layers as they are now: the library's own run as `lede.direct` does."""
+        as_modules = self._eager or type(self).apply is not LayerRunner.apply
+        self._direct = None if as_modules else direct_layers(self.layers)
 
     @property
     def additive(self) -> torch.dtype | None:
@@ -120,7 +127,31 @@ class LayerRunner:
             frame._masks[key] = self.rotary(hidden, frame.positions)  # type: ignore[assignment]
         rotary: Any = frame._masks[key]
         masks = {window: frame.mask(window) for window in set(self.windows[first:last])}
+        modules = torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type)
+        if self._direct is not None and not modules:
+            return self._run_direct(hidden, first, last, masks, frame, rotary, cache)
         return self.apply(hidden, first, last, masks, frame.positions, rotary, cache)
+
+    def _run_direct(
+        self,
+        hidden: Tensor,
+        first: int,
+        last: int,
+        masks: Mapping[int | None, Tensor | None],
+        frame: Frame,
+        rotary: Mapping[str | None, Any],
+        cache: RaggedCache,
+    ) -> Tensor:
+        assert self._direct is not None
+        key = ("turns", hidden.device)
+        if key not in frame._masks:
+            frame._masks[key] = turns(rotary[self.layer_types[0]])  # type: ignore[assignment]
+        turn = frame._masks[key]
+        rows, width, size = hidden.shape
+        flat, shape = hidden.reshape(-1, size), (rows, width)
+        for i in range(first, last):
+            flat = self._direct[i](flat, shape, masks[self.windows[i]], turn, cache)
+        return flat.view(rows, width, size)
 
     def apply(
         self,

@@ -173,15 +173,15 @@ class RaggedCache:
         k = self._block(self.keys, layer_idx, keys, frame.end)
         v = self._block(self.values, layer_idx, values, frame.end)
         if frame.start is not None:
-            k[:, :, frame.start : frame.end] = keys
-            v[:, :, frame.start : frame.end] = values
+            k.narrow(2, frame.start, frame.width).copy_(keys)
+            v.narrow(2, frame.start, frame.width).copy_(values)
         else:
             slots = frame.slots.to(keys.device)
             rows = torch.arange(len(slots), device=keys.device)[:, None]
             k[rows, :, slots] = keys.transpose(1, 2)
             v[rows, :, slots] = values.transpose(1, 2)
         end = self.capacity if self.static else frame.end
-        return k[:, :, :end], v[:, :, :end]
+        return k.narrow(2, 0, end), v.narrow(2, 0, end)
 
     def _block(self, blocks: list[Tensor | None], layer: int, like: Tensor, end: int) -> Tensor:
         if end > self.capacity:

@@ -152,6 +152,7 @@ def calibrate(decoder: Any, *, context: int = 128, repeats: int = 30) -> CostMod
     from lede.features import confidence_features
 
     runner = decoder.runner
+    runner.prepare()
     cache = RaggedCache(runner.depth, context + max(WIDTHS))
     padding = np.zeros(1, dtype=np.int64)
     ids = torch.ones(1, context + max(WIDTHS), dtype=torch.long, device=runner.device)

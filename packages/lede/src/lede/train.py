@@ -1,7 +1,6 @@
 """A run that makes a model early-exit-capable: load, train, save, and go on after interruptions."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,13 +11,11 @@ import torch
 
 from lede._loading import load_model, load_windows
 from lede.early_exit import EarlyExitConfig, exit_quality
+from shared_core.checkpoints import checkpoint_to_resume, whole_checkpoint_marker
 from shared_core.errors import InputError
-from shared_core.run import RunFolder, write_json
+from shared_core.run import RunFolder
 
 __all__ = ["TrainExitSettings", "quality_rows", "train_exit"]
-
-MARK = "complete.json"
-
 
 @dataclass(frozen=True)
 class TrainExitSettings:
@@ -71,25 +68,19 @@ def train_exit(
     """Train and leave model and tokenizer in ``out/model``; return what changed, by layer.
 
     Checkpoints are in ``out/checkpoints``; one counts only once it has been written whole, so a
-    run killed at any moment goes on from the last whole one and ends in the same numbers.
+    run killed at any moment goes on from the last whole one and ends in the same numbers. One whose
+    files have changed since is passed over, with a warning, for the one before.
 
     Raises:
-        InputError: If something cannot be loaded, or the folder holds another run.
+        InputError: If something cannot be loaded, the folder holds another run, or all its
+            checkpoints are damaged.
     """
     import transformers
 
     from lede.trainer import EarlyExitTrainer
 
     recipe = settings.early_exit
-    checkpoints = out / "checkpoints"
-    found = list(checkpoints.glob("checkpoint-*"))
-    if found and not resume:
-        raise InputError(
-            f"{out} holds the checkpoints of an earlier run; continue it with --resume, or choose "
-            "another --out"
-        )
-    if found:
-        _check_same(settings, out)
+    last = checkpoint_to_resume(out, asdict(settings), resume=resume)
     run = RunFolder(out, resume=resume)
     run.write_config("lede train-exit", asdict(settings), distributions=["lede", "transformers"])
     model, tokenizer, _ = load_model(settings.model, None, torch.float32, device)
@@ -100,7 +91,7 @@ def train_exit(
         raise InputError(f"{settings.data} fills one window only; give more text")
     before = exit_quality(model, held_out)
     args = transformers.TrainingArguments(
-        str(checkpoints),
+        str(out / "checkpoints"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
@@ -123,10 +114,8 @@ def train_exit(
         early_exit=recipe,
         train_dataset=[{"input_ids": w, "labels": w} for w in windows],
         data_collator=transformers.default_data_collator,
-        callbacks=[_mark_whole(transformers.TrainerCallback)],
+        callbacks=[whole_checkpoint_marker(transformers.TrainerCallback)],
     )
-    whole = [path for path in found if (path / MARK).is_file()]
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log lines to stdout
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.save_model(str(out / "model"))
@@ -160,29 +149,3 @@ def quality_rows(quality: Mapping[str, Mapping[str, Sequence[float]]]) -> list[d
         }
         for layer in range(len(quality["before"]["loss"]))
     ]
-
-
-def _check_same(settings: TrainExitSettings, out: Path) -> None:
-    try:
-        earlier = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{out}/config.json cannot be read; choose another --out") from error
-    for name, value in asdict(settings).items():
-        if earlier.get(name) != value:
-            raise InputError(
-                f"--resume with {name}={value!r}, but the run in {out} has "
-                f"{name}={earlier.get(name)!r}; give the same settings, or choose another --out"
-            )
-
-
-def _mark_whole(base: type) -> Any:
-    """A callback that marks checkpoints which have been written to the end."""
-
-    class MarkWhole(base):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            del control, kwargs
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if state.is_world_process_zero and folder.is_dir():
-                write_json(folder / MARK, {"step": state.global_step})
-
-    return MarkWhole()
