@@ -329,7 +329,7 @@ def fused_loss(
             rows,
             # Each chunk reads and writes the whole head once, so it wants many rows; what is done
             # to their logits wants no more of them than the cache holds.
-            chunk_rows(chunk_size, head.classes, hidden.device, cpu=1 << 22, least=64),
+            chunk_rows(chunk_size, head.classes, hidden.device, cpu=1 << 21, least=64),
             chunk_rows(None, head.classes, hidden.device, cpu=1 << 20),
             with_grad,
         )

@@ -155,9 +155,7 @@ class Objective:
         """Whether a hard label plays a part."""
         return self.ce_weight != 0 or self.label_logits
 
-    def chunk(
-        self, logits: Tensor, teacher: TeacherChunk, rows: Tensor, with_grad: bool
-    ) -> None:
+    def chunk(self, logits: Tensor, teacher: TeacherChunk, rows: Tensor, with_grad: bool) -> None:
         """Fill in the results of a chunk's tokens; put the loss's gradient in place of the logits.
 
         Args:
@@ -202,6 +200,7 @@ class Objective:
             by_q = by_q + factor
         torch.addcmul(w.mul_(by_kd.unsqueeze(-1)), q, by_q.unsqueeze(-1), out=logits)
         if tau != 1:
+            assert lq1 is not None
             logits.addcmul_(torch.exp(lq1), factor.unsqueeze(-1))
         logits.scatter_add_(-1, target.unsqueeze(-1), -factor.unsqueeze(-1))
 
@@ -504,9 +503,7 @@ def distillation_loss(
         "return_label_logits": return_label_logits,
         "ignore_index": ignore_index,
     }
-    return plain_loss(
-        student_logits, lambda at: DenseChunk(wide(flat[at])), chunk_size, settings
-    )
+    return plain_loss(student_logits, lambda at: DenseChunk(wide(flat[at])), chunk_size, settings)
 
 
 class ABDivergenceLoss(nn.Module):

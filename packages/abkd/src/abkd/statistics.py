@@ -173,7 +173,7 @@ def _top(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     if log_probs.device.type != "cpu" or whole < 2 * _BLOCK:
         value, index = log_probs.max(-1)
         return value, index
-    peaks = log_probs[:, :whole].unflatten(-1, (-1, _BLOCK)).amax(-1)
+    peaks = log_probs[:, :whole].reshape(len(log_probs), -1, _BLOCK).amax(-1)
     if whole < classes:
         peaks = torch.cat([peaks, log_probs[:, whole:].amax(-1, keepdim=True)], -1)
     value, block = peaks.max(-1)

@@ -63,6 +63,7 @@ class ABTerms:
             return self(lq, lp)
         return value, p.neg_()
 
+
 DIVERGENCES = (
     "ab",
     "fkl",
