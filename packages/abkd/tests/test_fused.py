@@ -318,3 +318,16 @@ def test_errors(options: dict, message: str) -> None:
     inputs = {"student_hidden": H, "student_weight": W_, "teacher_hidden": H, "teacher_weight": W_}
     with pytest.raises(ValueError, match=message):
         fused_linear_ab_divergence(**{**inputs, **options})
+
+
+@pytest.mark.parametrize("classes", [511, 512, 700, 1024])
+def test_the_first_of_equal_maxima_is_the_argmax(classes: int) -> None:
+    """Also where the search goes by blocks, across their borders and in the last, shorter one."""
+    lp = torch.zeros(6, classes)
+    for row, places in enumerate([[0], [255, 256], [300, 400], [classes - 1], [510], []]):
+        lp[row, places] = 1.0
+    seen = TokenStatistics(torch.arange(6), None, lp, lp - 1)
+    expected = torch.tensor([0, 255, 300, classes - 1, 510, 0])
+    assert torch.equal(seen.teacher_argmax, expected)
+    assert torch.equal(seen.student_argmax, expected)
+    torch.testing.assert_close(seen.teacher_max_prob, torch.exp(lp.amax(-1) - 1))

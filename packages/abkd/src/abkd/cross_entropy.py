@@ -16,12 +16,18 @@ __all__ = ["fused_linear_cross_entropy"]
 class _NoTeacher:
     """A teacher's side that is not there: no soft term, and the student's own statistics."""
 
+    def part(self, rows: slice) -> "_NoTeacher":
+        """Itself."""
+        del rows
+        return self
+
     def compare(
-        self, lq: Tensor, terms: Terms, temperature: float, with_grad: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, lq: Tensor, q: Tensor, terms: Terms, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Nothing to compare with."""
-        del terms, temperature
-        return lq.new_zeros(len(lq)), torch.zeros_like(lq) if with_grad else None
+        del q, terms, temperature
+        none = lq.new_zeros(len(lq))
+        return none, torch.zeros_like(lq), none
 
     def statistics(self, rows: Tensor, labels: Tensor | None, lq: Tensor) -> TokenStatistics:
         """Those of the student for both."""

@@ -54,11 +54,16 @@ def scaled_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient.detach().mul_(factor)
 
 
-def chunk_rows(chunk_size: int | str | None, classes: int, device: torch.device, cpu: int) -> int:
-    """Rows of a chunk: as asked, or so that it fits the cache (CPU) or a quarter GB (others)."""
+def chunk_rows(
+    chunk_size: int | str | None, classes: int, device: torch.device, cpu: int, least: int = 1
+) -> int:
+    """Rows of a chunk: as asked, or so that it holds `cpu` numbers (CPU) or a quarter GB (others).
+
+    But at least `least`.
+    """
     if isinstance(chunk_size, int):
         return chunk_size
-    return max(1, (cpu if device.type == "cpu" else 1 << 26) // classes)
+    return max(least, (cpu if device.type == "cpu" else 1 << 26) // classes)
 
 
 class _Divergence(torch.autograd.Function):

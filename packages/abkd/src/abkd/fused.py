@@ -21,7 +21,7 @@ from abkd._checks import (
     uncompiled,
     wants_grad,
 )
-from abkd.divergence import chunk_rows, scaled_gradient, upcast
+from abkd.divergence import chunk_rows, scaled_gradient, upcast, wide
 from abkd.objective import (
     DenseChunk,
     DistillationOutput,
@@ -50,7 +50,7 @@ class Head:
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Float32 (or float64) logits ``[C, classes]``."""
         some = None if bias is None else bias[: self.classes]
-        found = upcast(torch.nn.functional.linear(hidden, weight[: self.classes], some))
+        found = wide(torch.nn.functional.linear(hidden, weight[: self.classes], some))
         if self.scale != 1:
             found.mul_(self.scale)
         if self.softcap is not None:
@@ -78,6 +78,7 @@ class _FusedLoss(torch.autograd.Function):
         objective: Objective,
         rows: Tensor,
         chunk: int,
+        part: int,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         objective.allocate(upcast(hidden[:0]).dtype, hidden.device)
@@ -85,10 +86,16 @@ class _FusedLoss(torch.autograd.Function):
         for at in torch.split(rows, chunk):
             h = hidden[at]
             logits = head.logits(h, weight, bias)
-            slope = head.slope(logits) if with_grad else 1.0
-            found = objective.chunk(logits, teacher(at), at, with_grad)
-            if found is not None:
-                gradients.add(at, h, weight, _through(found, slope))
+            theirs = teacher(at)
+            for start in range(0, len(at), part):
+                some = slice(start, start + part)
+                mine = logits[some]
+                slope = head.slope(mine) if with_grad else 1.0
+                objective.chunk(mine, theirs.part(some), at[some], with_grad)
+                _through(mine, slope)
+            if with_grad:
+                gradients.add(at, h, weight, logits)
+            del logits, theirs, mine  # before the next chunk's are made
         r = objective.results
         ctx.rows, ctx.chunk, ctx.head, ctx.has_bias = rows, chunk, head, bias is not None
         ctx.save_for_backward(hidden, weight, bias, r["target"], *gradients.all)
@@ -114,10 +121,11 @@ class _FusedLoss(torch.autograd.Function):
             scaled = gradients.all
         inputs = (hidden, weight, bias)
         out = [None if g is None else g.to(t.dtype) for g, t in zip(scaled, inputs, strict=True)]
-        return *out, None, None, None, None, None, None
+        return *out, None, None, None, None, None, None, None
 
 
 def _through(gradient: Tensor, slope: Tensor | float) -> Tensor:
+    """The gradient by W h + b, in place of that by the logits."""
     return gradient if isinstance(slope, float) and slope == 1 else gradient.mul_(slope)
 
 
@@ -266,7 +274,7 @@ def fused_linear_ab_divergence(
     teacher_head = Head(classes, teacher_logit_scale, teacher_softcap)
 
     def teacher(at: Tensor) -> TeacherChunk:
-        return DenseChunk(teacher_head.logits(flat[at], tw, tb), temperature)
+        return DenseChunk(teacher_head.logits(flat[at], tw, tb))
 
     settings = {
         "divergence": divergence,
@@ -320,13 +328,10 @@ def fused_loss(
             teacher,
             objective,
             rows,
-            # Wide heads want more rows a chunk: each reads and writes the whole head once.
-            chunk_rows(
-                chunk_size,
-                head.classes,
-                hidden.device,
-                cpu=min(1 << 22, max(1 << 20, head.classes * hidden.shape[-1] // 16)),
-            ),
+            # Each chunk reads and writes the whole head once, so it wants many rows; what is done
+            # to their logits wants no more of them than the cache holds.
+            chunk_rows(chunk_size, head.classes, hidden.device, cpu=1 << 21, least=64),
+            chunk_rows(None, head.classes, hidden.device, cpu=1 << 20),
             with_grad,
         )
     wanted = (label_logit, lse) if objective.label_logits else (None, None)

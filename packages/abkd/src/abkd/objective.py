@@ -10,6 +10,7 @@ as tensors or computed from `TokenStatistics` while the logits of a chunk are at
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -29,9 +30,9 @@ from abkd._checks import (
     wants_grad,
     warn_no_valid,
 )
-from abkd.divergence import chunk_rows, scaled_gradient, upcast
+from abkd.divergence import chunk_rows, scaled_gradient, upcast, wide
 from abkd.statistics import STATISTICS, TokenStatistics
-from abkd.terms import Terms, divergence_terms
+from abkd.terms import ABTerms, Terms, divergence_terms
 from shared_core.errors import InputError
 
 __all__ = ["ABDivergenceLoss", "DistillationOutput", "WeightFunction", "distillation_loss"]
@@ -77,10 +78,13 @@ class DistillationOutput:
 class TeacherChunk(Protocol):
     """The teacher's side of a chunk: dense logits or a top-k list."""
 
+    def part(self, rows: slice) -> "TeacherChunk":
+        """Some of its tokens."""
+
     def compare(
-        self, lq: Tensor, terms: Terms, temperature: float, with_grad: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """D of each token and its gradient by the student's logits over τ."""
+        self, lq: Tensor, q: Tensor, terms: Terms, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """D of each token, w ``[C, V]`` and u ``[C]``; by the logits over τ, D moves w - q u."""
 
     def statistics(self, rows: Tensor, labels: Tensor | None, lq: Tensor) -> TokenStatistics:
         """The chunk's statistics at temperature 1."""
@@ -89,26 +93,33 @@ class TeacherChunk(Protocol):
 class DenseChunk:
     """A teacher of whom all logits are known, ``[C, V]``."""
 
-    def __init__(self, logits: Tensor, temperature: float) -> None:
-        self.temperature = temperature
-        self.lp = torch.log_softmax(logits.div_(temperature) if temperature != 1 else logits, -1)
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    @cached_property
+    def lp(self) -> Tensor:
+        """Log-probabilities at temperature 1."""
+        return torch.log_softmax(self.logits, -1)
+
+    def part(self, rows: slice) -> "DenseChunk":
+        """Some of its tokens."""
+        return DenseChunk(self.logits[rows])
 
     def compare(
-        self, lq: Tensor, terms: Terms, temperature: float, with_grad: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """D and w - q Σ w."""
-        lp = self.lp.to(lq.dtype)
-        value, w = terms(lq, lp)
-        if not with_grad:
-            return value, None
-        return value, w.addcmul_(torch.exp(lq), w.sum(-1, keepdim=True), value=-1)
+        self, lq: Tensor, q: Tensor, terms: Terms, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """D, w and Σ w."""
+        lp = self.lp if temperature == 1 else torch.log_softmax(self.logits / temperature, -1)
+        lp = lp.to(lq.dtype)
+        if isinstance(terms, ABTerms):
+            value, w = terms.with_probabilities(lq, lp, q)
+        else:
+            value, w = terms(lq, lp)
+        return value, w, w.sum(-1)
 
     def statistics(self, rows: Tensor, labels: Tensor | None, lq: Tensor) -> TokenStatistics:
-        """From the log-probabilities, brought back to temperature 1."""
-        lp = self.lp
-        if self.temperature != 1:
-            lp = torch.log_softmax(lp * self.temperature, -1)
-        return TokenStatistics(rows, labels, lq, lp)
+        """From the log-probabilities at temperature 1."""
+        return TokenStatistics(rows, labels, lq, self.lp)
 
 
 @dataclass
@@ -144,10 +155,8 @@ class Objective:
         """Whether a hard label plays a part."""
         return self.ce_weight != 0 or self.label_logits
 
-    def chunk(
-        self, logits: Tensor, teacher: TeacherChunk, rows: Tensor, with_grad: bool
-    ) -> Tensor | None:
-        """Fill in the results of a chunk's tokens; return the loss's gradient by the logits.
+    def chunk(self, logits: Tensor, teacher: TeacherChunk, rows: Tensor, with_grad: bool) -> None:
+        """Fill in the results of a chunk's tokens; put the loss's gradient in place of the logits.
 
         Args:
             logits: The student's ``[C, V]``, float32 at least; overwritten.
@@ -161,30 +170,39 @@ class Objective:
         assert lq is not None
         labels = None if self.labels is None else self.labels[rows]
         seen = teacher.statistics(rows, labels, lq if lq1 is None else lq1)
-        value, gradient = teacher.compare(lq, self.terms, tau, with_grad)
+        q = torch.exp(lq)
+        value, w, pull = teacher.compare(lq, q, self.terms, tau)
         soft, hard = self._weights(rows, seen, value)
         keep = self.results
         keep["kd"][rows] = value.to(keep["kd"].dtype)
         keep["soft"][rows], keep["hard"][rows] = soft, hard
         for name in self.names:
             keep[name][rows] = getattr(seen, name)
-        if gradient is not None:
-            gradient.mul_((soft * (self.kd_factor / tau) / self.n_valid).unsqueeze(-1))
-        if not self.needs_target:
-            return gradient
-        assert lq1 is not None
-        target = self._target(seen)
-        log_prob = lq1.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        label_logit = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        keep["ce"][rows] = -log_prob
-        keep["target"][rows] = target
-        keep["label_logit"][rows] = label_logit
-        keep["lse"][rows] = label_logit - log_prob
-        if gradient is not None and self.ce_weight:
-            factor = (hard * (self.ce_weight / self.n_valid)).unsqueeze(-1).to(gradient.dtype)
-            gradient.addcmul_(lq1.exp_(), factor)
-            gradient.scatter_add_(-1, target.unsqueeze(-1), -factor)
-        return gradient
+        if self.needs_target:
+            assert lq1 is not None
+            target = self._target(seen)
+            log_prob = lq1.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+            label_logit = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+            keep["ce"][rows] = -log_prob
+            keep["target"][rows] = target
+            keep["label_logit"][rows] = label_logit
+            keep["lse"][rows] = label_logit - log_prob
+        if not with_grad:
+            return
+        by_kd = soft * (self.kd_factor / tau) / self.n_valid
+        by_q = -by_kd * pull
+        if not self.ce_weight:
+            torch.addcmul(w.mul_(by_kd.unsqueeze(-1)), q, by_q.unsqueeze(-1), out=logits)
+            return
+        # At τ = 1 both terms pull by the same q.
+        factor = (hard * (self.ce_weight / self.n_valid)).to(q.dtype)
+        if tau == 1:
+            by_q = by_q + factor
+        torch.addcmul(w.mul_(by_kd.unsqueeze(-1)), q, by_q.unsqueeze(-1), out=logits)
+        if tau != 1:
+            assert lq1 is not None
+            logits.addcmul_(torch.exp(lq1), factor.unsqueeze(-1))
+        logits.scatter_add_(-1, target.unsqueeze(-1), -factor.unsqueeze(-1))
 
     @property
     def _needs_plain(self) -> bool:
@@ -332,9 +350,10 @@ class _PlainLoss(torch.autograd.Function):
         gradient = torch.zeros_like(student) if with_grad else None
         objective.allocate(upcast(student[:0]).dtype, student.device)
         for at in torch.split(rows, chunk):
-            found = objective.chunk(upcast(student[at]), teacher(at), at, with_grad)
-            if gradient is not None and found is not None:
-                gradient[at] = found.to(gradient.dtype)
+            logits = upcast(student[at])
+            objective.chunk(logits, teacher(at), at, with_grad)
+            if gradient is not None:
+                gradient[at] = logits.to(gradient.dtype)
         r = objective.results
         ctx.rows, ctx.chunk = rows, chunk
         ctx.save_for_backward(gradient, student, r["target"])
@@ -484,9 +503,7 @@ def distillation_loss(
         "return_label_logits": return_label_logits,
         "ignore_index": ignore_index,
     }
-    return plain_loss(
-        student_logits, lambda at: DenseChunk(upcast(flat[at]), temperature), chunk_size, settings
-    )
+    return plain_loss(student_logits, lambda at: DenseChunk(wide(flat[at])), chunk_size, settings)
 
 
 class ABDivergenceLoss(nn.Module):

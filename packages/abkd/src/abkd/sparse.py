@@ -49,33 +49,32 @@ class TopKChunk:
     def __init__(self, ids: Tensor, log_probs: Tensor, tail: str) -> None:
         self.ids, self.lp, self.tail = ids, log_probs, tail
 
+    def part(self, rows: slice) -> "TopKChunk":
+        """Some of its tokens."""
+        return TopKChunk(self.ids[rows], self.lp[rows], self.tail)
+
     def compare(
-        self, lq: Tensor, terms: Terms, temperature: float, with_grad: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """D over the listed classes (and the tail), and its gradient by the student's logits."""
+        self, lq: Tensor, q: Tensor, terms: Terms, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """D over the listed classes (and the tail), and its derivative."""
+        none = torch.zeros_like(lq)
         listed, lp = lq.gather(-1, self.ids), self.lp.to(lq.dtype)
         if self.tail == "renormalize":
             lp = torch.log_softmax(lp / temperature, -1)
             lq_listed = torch.log_softmax(listed, -1)
             value, w = terms(lq_listed, lp)
             w = w - lq_listed.exp() * w.sum(-1, keepdim=True)
-            gradient = torch.zeros_like(lq).scatter_(-1, self.ids, w) if with_grad else None
-            return value, gradient
+            return value, none.scatter_(-1, self.ids, w), torch.zeros_like(value)
         if self.tail == "ignore" or self.ids.shape[-1] == lq.shape[-1]:
             value, w = terms(listed, lp)
-            if not with_grad:
-                return value, None
-            return value, lq.exp().mul_(-w.sum(-1, keepdim=True)).scatter_add_(-1, self.ids, w)
+            return value, none.scatter_(-1, self.ids, w), w.sum(-1)
         unlisted = lq.scatter(-1, self.ids, -torch.inf)
         lq_tail = torch.logsumexp(unlisted, -1, keepdim=True)
         mass = torch.exp(lp.double()).sum(-1, keepdim=True)
         lp_tail = torch.log1p(-mass.clamp(max=1 - 1e-12)).to(lq.dtype)
         value, w = terms(torch.cat([listed, lq_tail], -1), torch.cat([lp, lp_tail], -1))
-        if not with_grad:
-            return value, None
-        shares = torch.exp(unlisted - lq_tail)
-        gradient = shares.mul_(w[:, -1:]).sub_(lq.exp() * w.sum(-1, keepdim=True))
-        return value, gradient.scatter_add_(-1, self.ids, w[:, :-1])
+        shares = torch.exp(unlisted - lq_tail).mul_(w[:, -1:])
+        return value, shares.scatter_(-1, self.ids, w[:, :-1]), w.sum(-1)
 
     def statistics(self, rows: Tensor, labels: Tensor | None, lq: Tensor) -> TokenStatistics:
         """With the tail's mass spread evenly over the unlisted classes."""

@@ -27,6 +27,8 @@ STATISTICS = (
     "student_label_prob",
 )
 
+_BLOCK = 256
+
 
 class TokenStatistics:
     """Teacher and student statistics of the tokens of one chunk, at temperature 1.
@@ -77,14 +79,14 @@ class TokenStatistics:
 
     @cached_property
     def _teacher_top(self) -> tuple[Tensor, Tensor]:
-        value, index = self._lp.max(-1)
+        value, index = _top(self._lp)
         if self._ids is not None:
             index = self._ids.gather(-1, index.unsqueeze(-1)).squeeze(-1)
         return torch.exp(value), index
 
     @cached_property
     def _student_top(self) -> tuple[Tensor, Tensor]:
-        value, index = self._lq.max(-1)
+        value, index = _top(self._lq)
         return torch.exp(value), index
 
     @property
@@ -155,5 +157,27 @@ class TokenStatistics:
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
-    mass = torch.exp(log_probs)
-    return -(mass * log_probs).masked_fill_(mass == 0, 0.0).sum(-1)
+    # The bound takes the place of -inf, which times its mass of 0 would be NaN.
+    bounded = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+    return -torch.exp(log_probs).mul_(bounded).sum(-1)
+
+
+def _top(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's maximum and the first class that has it.
+
+    On a CPU the maximum alone is sixteen times as fast as with its place, so the place is looked
+    for in the block that holds the maximum.
+    """
+    classes = log_probs.shape[-1]
+    whole = classes // _BLOCK * _BLOCK
+    if log_probs.device.type != "cpu" or whole < 2 * _BLOCK:
+        value, index = log_probs.max(-1)
+        return value, index
+    peaks = log_probs[:, :whole].reshape(len(log_probs), -1, _BLOCK).amax(-1)
+    if whole < classes:
+        peaks = torch.cat([peaks, log_probs[:, whole:].amax(-1, keepdim=True)], -1)
+    value, block = peaks.max(-1)
+    ids = block.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK)
+    ids.clamp_(max=classes - 1)  # the last class again, after itself
+    place = log_probs.gather(-1, ids).argmax(-1, keepdim=True)
+    return value, ids.gather(-1, place).squeeze(-1)

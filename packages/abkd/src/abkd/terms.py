@@ -21,6 +21,7 @@ over classes, and w, its derivative by lq with the classes taken as independent.
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,35 @@ from shared_core.errors import InputError
 __all__ = ["DIVERGENCES", "Terms", "ab_terms", "ab_terms_each", "divergence_terms"]
 
 Terms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ABTerms:
+    """`ab_terms` with its exponents: what `divergence_terms` returns for all of the α-β kind."""
+
+    alpha: float
+    beta: float
+
+    def __call__(self, lq: Tensor, lp: Tensor) -> tuple[Tensor, Tensor]:
+        """Value ``[...]`` and w ``[..., V]``."""
+        return ab_terms(lq, lp, self.alpha, self.beta)
+
+    def with_probabilities(self, lq: Tensor, lp: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where q = exp(lq) is at hand and w goes through softmax.
+
+        Of forward KL's w = q - p the gradient by logits, w - q Σ w, keeps the p alone (Σ q = 1),
+        so its w is -p here and one exponential less.
+        """
+        if (self.alpha, self.beta) != (1, 0) or lq.dtype != torch.float32:
+            return self(lq, lp)
+        p = torch.exp(lp)
+        total = q.sum(-1)
+        value = (lp - lq).mul_(p).sum(-1) + total - p.sum(-1)
+        close = ~(value >= 2 * total * _CANCELS)
+        if lq.device.type != "cpu" or close.any():
+            return self(lq, lp)
+        return value, p.neg_()
+
 
 DIVERGENCES = (
     "ab",
@@ -52,6 +82,7 @@ _MIX = {"jsd": 0.5, "skew_fkl": 0.1, "skew_rkl": 0.1, "wsd": 0.5, "akl": 0.5}
 
 _ZERO = 1e-6  # exponents below this are on the axis
 _SMALL = 1e-2  # below this, float32 cannot hold the divided differences
+_CANCELS = 1e4 * torch.finfo(torch.float32).eps  # of what cancels: a value below is not trusted
 _NEAR = 0.3  # where the series of eight terms is exact to the last bit of float32
 _FACTORIALS = [1.0 / math.factorial(n + 1) for n in range(1, 9)]
 
@@ -93,7 +124,7 @@ def ab_terms(
         return _ab_exact(lq, lp, alpha, beta)
     value, w, cancels = _ab_direct(lq, lp, alpha, beta)
     # Rows whose value is lost in what cancels there, or is 0 times infinity.
-    close = ~(value >= cancels * (1e4 * torch.finfo(torch.float32).eps))
+    close = ~(value >= cancels * _CANCELS)
     if close.any():
         value[close], w[close] = _ab_exact(lq[close], lp[close], alpha, beta)
     return value, w
@@ -328,4 +359,4 @@ def divergence_terms(
         "rkl": (0.0, 1.0),
     }
     check_exponents(*pairs[name])
-    return functools.partial(ab_terms, alpha=pairs[name][0], beta=pairs[name][1])
+    return ABTerms(*pairs[name])
