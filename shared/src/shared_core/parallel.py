@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from shared_core.device import select_device
+
 __all__ = ["Processes", "is_first", "is_parallel", "join_processes", "launched"]
 
 
@@ -51,14 +53,18 @@ def is_first() -> bool:
     return not is_parallel() or dist.get_rank() == 0
 
 
-def launched(device: torch.device) -> Processes:
+def launched(device: torch.device | str) -> Processes:
     """What the environment of a launcher says, without joining a process group.
 
     Enough where each process takes its share of independent work. On a machine of several GPUs each
     process gets its own, unless `device` names one.
 
     Args:
-        device: Where to compute; ``cuda`` without an index is completed.
+        device: Where to compute; ``cuda`` without an index is completed. A string is a wish as
+            `select_device` takes it, such as ``auto``.
+
+    Raises:
+        InputError: If the wish is not a device that is there.
 
     Example:
         >>> launched(torch.device("cpu"))
@@ -68,13 +74,19 @@ def launched(device: torch.device) -> Processes:
         rank, world = dist.get_rank(), dist.get_world_size()
     else:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if str(device) == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if isinstance(device, str):
+        open_to_all = ":" not in device
+        device = select_device(device)
+        if device.type == "cuda" and open_to_all:
+            device = torch.device("cuda")
+    if str(device) == "cuda":
+        place = int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else 0
+        device = torch.device("cuda", place)
     return Processes(rank, world, device)
 
 
 @contextlib.contextmanager
-def join_processes(device: torch.device) -> Iterator[Processes]:
+def join_processes(device: torch.device | str) -> Iterator[Processes]:
     """Join the process group of a launcher, if one started this process, and leave it at the end.
 
     A group that exists already is used as it is, and left as it is.
