@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from shared_core import device
+from shared_core.errors import InputError
 from shared_core.parallel import is_first, is_parallel, join_processes, launched
 from shared_core.testing import run_gloo
 
@@ -28,6 +30,14 @@ def test_the_environment_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (here.rank, here.world, here.first, here.device) == (3, 4, False, CPU)
     assert launched(torch.device("cuda")).device == torch.device("cuda", 1)
     assert launched(torch.device("cuda:0")).device == torch.device("cuda", 0)
+    assert launched("cpu").device == CPU
+    monkeypatch.setattr(device, "_available", lambda: ["cpu", "cuda:0", "cuda:1"])
+    for wish, index in (("auto", 1), ("cuda", 1), ("cuda:0", 0)):
+        assert launched(wish).device == torch.device("cuda", index)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launched("cuda").device == torch.device("cuda", 0)
+    with pytest.raises(InputError, match="not here"):
+        launched("cuda:7")
 
 
 def test_a_group_is_begun_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffeat import _workers, demo
+from diffeat import demo
 from diffeat.cli import main
+from shared_core import workers
 from shared_core.testing import CliResult
 
 Run = Callable[..., CliResult]
@@ -45,7 +46,7 @@ def test_demo_and_what_follows(run_cli: Run, monkeypatch: pytest.MonkeyPatch) ->
         namespace={"measured": 6, "__annotations__": {}},
     )
     with monkeypatch.context() as patch:
-        patch.setattr(_workers, "cores", lambda: 1)
+        patch.setattr(workers, "cores", lambda: 1)
         patch.setattr(demo, "DemoSettings", tiny)
         patch.setattr(
             dataclasses,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from shared_core.device import own_gpu
+from shared_core.device import own_gpu, select_device
 
 __all__ = ["Processes", "is_first", "is_parallel", "join_processes", "launched"]
 
@@ -53,15 +53,18 @@ def is_first() -> bool:
     return not is_parallel() or dist.get_rank() == 0
 
 
-def launched(device: torch.device) -> Processes:
+def launched(device: torch.device | str) -> Processes:
     """What the environment of a launcher says, without joining a process group.
 
     Enough where each process takes its share of independent work. On a machine of several GPUs each
     process gets its own, unless `device` names one.
 
     Args:
-        device: Where to compute; ``cuda`` without an index is completed, as
-            `shared_core.device.select_device` does too.
+        device: Where to compute; ``cuda`` without an index is completed. A string is a wish as
+            `select_device` takes it, such as ``auto``.
+
+    Raises:
+        InputError: If the wish is not a device that is there.
 
     Example:
         >>> launched(torch.device("cpu"))
@@ -71,13 +74,15 @@ def launched(device: torch.device) -> Processes:
         rank, world = dist.get_rank(), dist.get_world_size()
     else:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if str(device) == "cuda" and world > 1:
+    if isinstance(device, str):
+        device = select_device(device)
+    elif str(device) == "cuda":
         device = torch.device("cuda", own_gpu())
     return Processes(rank, world, device)
 
 
 @contextlib.contextmanager
-def join_processes(device: torch.device) -> Iterator[Processes]:
+def join_processes(device: torch.device | str) -> Iterator[Processes]:
     """Join the process group of a launcher, if one started this process, and leave it at the end.
 
     A group that exists already is used as it is, and left as it is.

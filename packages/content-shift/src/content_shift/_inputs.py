@@ -1,7 +1,6 @@
 """What commands read: images, extractors, techniques, labels, captions."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from content_shift.bucket import FeatureSpec, load_specs
 from content_shift.recipe import Recipe
 from content_shift.techniques import CFG, ControlNet, LoRA, Prompt
 from diffeat import FeatureExtractor
-from shared_core.device import select_device, select_dtype
+from shared_core.device import select_dtype
 from shared_core.errors import InputError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -43,19 +42,18 @@ def read_images(source: Path) -> list[tuple[str, Image.Image]]:
 
 
 def open_extractor(
-    model: str, layers: Any, device: str, dtype: str, size: int | None
+    model: str, layers: Any, device: torch.device, dtype: str, size: int | None
 ) -> FeatureExtractor:
     """The extractor of a hub id, a pipeline folder, or a demo's folder."""
     from diffeat.demo import load_backbone
 
-    chosen = select_device(device)
     if (Path(model) / "text.safetensors").is_file():
         fx = load_backbone(Path(model))
         fx.layers = layers
-        fx.backbone.to(chosen)
+        fx.backbone.to(device)
         return fx
     return FeatureExtractor.from_pretrained(
-        model, layers, dtype=select_dtype(dtype, chosen), device=chosen, size=size
+        model, layers, dtype=select_dtype(dtype, device), device=device, size=size
     )
 
 
@@ -146,19 +144,3 @@ def read_labels(folder: Path, names: Sequence[str], side: int | None) -> dict[st
                 image = image.resize((side, side), Image.Resampling.NEAREST)
             found[name] = torch.from_numpy(np.array(image).astype("int64"))
     return found
-
-
-def processes(device: str) -> tuple[int, int, str]:
-    """Rank, number of processes, and this process's device, under torchrun or alone."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return rank, world, device
-
-
-def join_processes(device: str) -> str:
-    """Join the other processes of a training under torchrun; this process's device."""
-    _, world, device = processes(device)
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return device

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from shared_core.errors import InputError
+from shared_core.parallel import is_parallel
 from shared_core.run import RunFolder, progress
 
 
 def world() -> tuple[int, int]:
     """This process's number and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_parallel():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 

@@ -116,10 +116,11 @@ def gate(
     """Score techniques on your images before you integrate them: eq. 2, and reconstruction gain."""
     from content_shift._inputs import open_extractor, read_images, techniques_from
     from content_shift.gate import evaluate
+    from shared_core.device import select_device
 
     samples = read_images(source)
     every = techniques_from(prompts or [], control, preprocess, scale, loras or [], cfg, recipe)
-    fx = open_extractor(model, layers, device, dtype, size)
+    fx = open_extractor(model, layers, select_device(device), dtype, size)
     run = _run(out, "gate", {"model": model, "t": t, "techniques": {k: repr(r) for k, r in
                                                                     every.items()}})  # fmt: skip
     report = evaluate(
@@ -168,10 +169,11 @@ def img2img_(
     """Repaint images strongly with and without each technique: who stays closer to the input?"""
     from content_shift._inputs import open_extractor, read_images, techniques_from
     from content_shift.gate import img2img
+    from shared_core.device import select_device
 
     samples = read_images(source)[:images]
     every = techniques_from(prompts or [], control, preprocess, scale, loras or [], cfg, recipe)
-    fx = open_extractor(model, "unet-out", device, dtype, size)
+    fx = open_extractor(model, "unet-out", select_device(device), dtype, size)
     run = _run(out, "img2img", {"model": model, "strength": strength, "steps": steps})
     found = img2img(
         fx, every, [i for _, i in samples], strength, steps, prompt=prompt, seed=seed,
@@ -220,16 +222,18 @@ def extract(
 
     Several GPUs: torchrun --nproc-per-node 4 -m content_shift.cli extract … ; each takes its share.
     """
-    from content_shift._inputs import features_from, open_extractor, processes, read_images
+    from content_shift._inputs import features_from, open_extractor, read_images
     from content_shift.bucket import extract_bucket
+    from shared_core.parallel import launched
 
     samples = read_images(source)
     specs = features_from(recipe, loras or [], control, topology, pre_denoise, skip_missing)
-    rank, world, device = processes(device)
-    fx = open_extractor(model, layers, device, dtype, size)
+    here = launched(device)
+    fx = open_extractor(model, layers, here.device, dtype, size)
     bucket = extract_bucket(
         fx, specs, samples, out or Path("runs/content-shift/extract"), prompt=prompt,
-        batch_size=batch_size, resume=resume or world > 1, shard=(rank, world),
+        batch_size=batch_size, resume=resume or here.world > 1,
+        shard=(here.rank, here.world),
     )  # fmt: skip
     summary = {
         "out": str(bucket.path), "images": len(samples), "features": [s.name for s in specs],
@@ -263,27 +267,25 @@ def train_lora_(
     as_json: Json = False,
 ) -> None:
     """Train a LoRA of your images' style; diffusers loads the result. Also under torchrun."""
-    from content_shift._inputs import (
-        join_processes,
-        open_extractor,
-        read_captions,
-        read_images,
-    )
+    from content_shift._inputs import open_extractor, read_captions, read_images
     from content_shift.lora import train_lora
-    from shared_core.device import select_device, select_dtype
+    from shared_core.device import select_dtype
+    from shared_core.parallel import join_processes
 
     samples = read_images(source)[:limit]
     words: Any = [""] if captions is None else read_captions(captions, [n for n, _ in samples])
-    device = join_processes(device)
-    # Weights in float32, computation in the chosen type.
-    mixed = select_dtype(dtype, select_device(device))
-    fx = open_extractor(model, "unet-out", device, "float32", size)
     folder = out or Path("runs/content-shift/train-lora")
-    found = train_lora(
-        fx, [i for _, i in samples], words, out=folder, rank=rank, alpha=alpha, lr=lr, te_lr=te_lr,
-        steps=steps, batch_size=batch_size, locon=locon, dtype=mixed, seed=seed, resume=resume,
-        save_every=save_every,
-    )  # fmt: skip
+    with join_processes(device) as here:
+        # Weights in float32, computation in the chosen type.
+        mixed = select_dtype(dtype, here.device)
+        fx = open_extractor(model, "unet-out", here.device, "float32", size)
+        found = train_lora(
+            fx, [i for _, i in samples], words, out=folder, rank=rank, alpha=alpha, lr=lr,
+            te_lr=te_lr, steps=steps, batch_size=batch_size, locon=locon, dtype=mixed, seed=seed,
+            resume=resume, save_every=save_every,
+        )  # fmt: skip
+    if not here.first:
+        return
     summary = {
         "out": str(found.path), "images": len(samples), "layers": found.modules,
         "loss": found.losses[-1] if found.losses else None,
@@ -317,13 +319,9 @@ def train_control_(
     as_json: Json = False,
 ) -> None:
     """Train a ControlNet for a model of your own, on your images' edges. Also under torchrun."""
-    from content_shift._inputs import (
-        join_processes,
-        open_extractor,
-        read_captions,
-        read_images,
-    )
+    from content_shift._inputs import open_extractor, read_captions, read_images
     from content_shift.train_control import train_control
+    from shared_core.parallel import join_processes
 
     samples = read_images(source)
     words = None
@@ -333,15 +331,17 @@ def train_control_(
         channels = [int(w) for w in widths.split(",")]
     except ValueError as error:
         raise InputError(f"--embedding-channels {widths}; accepted: numbers by commas") from error
-    device = join_processes(device)
-    fx = open_extractor(model, "unet-out", device, dtype, size)
     folder = out or Path("runs/content-shift/train-control")
     losses: list[float] = []
-    train_control(
-        fx, [i for _, i in samples], words, preprocess=preprocess, steps=steps, lr=lr,
-        batch_size=batch_size, embedding_channels=channels, seed=seed, out=folder, resume=resume,
-        save_every=save_every, told=lambda step, loss: losses.append(loss),
-    )  # fmt: skip
+    with join_processes(device) as here:
+        fx = open_extractor(model, "unet-out", here.device, dtype, size)
+        train_control(
+            fx, [i for _, i in samples], words, preprocess=preprocess, steps=steps, lr=lr,
+            batch_size=batch_size, embedding_channels=channels, seed=seed, out=folder,
+            resume=resume, save_every=save_every, told=lambda step, loss: losses.append(loss),
+        )  # fmt: skip
+    if not here.first:
+        return
     summary = {
         "out": str(folder / "controlnet"), "images": len(samples),
         "loss": losses[-1] if losses else None,

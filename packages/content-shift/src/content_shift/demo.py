@@ -24,8 +24,8 @@ from content_shift.techniques import Captions as Said
 from content_shift.train_control import train_control
 from diffeat import FeatureExtractor
 from diffeat import demo as base
-from diffeat._workers import run_beside
 from diffeat.probe import LinearProbe, iou_of
+from shared_core.workers import run_beside
 
 __all__ = [
     "DemoSettings", "compare", "compare_seed", "figures", "prepare_backbone", "run_seed",

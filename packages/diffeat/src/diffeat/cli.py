@@ -204,9 +204,8 @@ def extract(
 
     Several GPUs: torchrun --nproc-per-node 4 -m diffeat.cli extract … ; each takes its share.
     """
-    import os
-
     from diffeat.cache import extract_to_disk
+    from shared_core.parallel import launched
 
     samples = _images(source)
     if prompt_file is not None:
@@ -214,17 +213,14 @@ def extract(
             prompt = prompt_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompt-file {prompt_file} cannot be read: {error}") from error
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and device == "auto":
-        import torch
-
-        if torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    here = launched(device)
+    if here.world > 1:
+        device = str(here.device)
     fx = _extractor(model, layers, device, dtype, size, offload)
     folder = extract_to_disk(
         fx, samples, out or Path("runs/diffeat/extract"), batch_size=batch_size, prompt=prompt,
         seed=seed, format=form, layout=layout, pca=pca,  # type: ignore[arg-type]
-        resume=resume or world > 1, shard=(rank, world), **_call_options(layers, t),
+        resume=resume or here.world > 1, shard=(here.rank, here.world), **_call_options(layers, t),
     )  # fmt: skip
     summary = {"out": str(folder), "images": len(samples), "layers": list(fx.layers)}
     show_result(summary, f"{folder}: {len(samples)} images", as_json=as_json)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffeat._workers import run_beside
 from diffeat.extractor import FeatureExtractor
 from diffeat.measure import hf_ratio, locality, noise_ratio, pca_image
 from diffeat.naming import list_activations
@@ -26,6 +25,7 @@ from diffeat.ranking import rank
 from shared_core.data.shapes import ShapesWorld
 from shared_core.errors import InputError
 from shared_core.run import atomic_path
+from shared_core.workers import run_beside
 
 __all__ = [
     "CLASSES",

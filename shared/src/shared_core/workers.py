@@ -1,4 +1,8 @@
-"""Independent runs at the same time: a process of its own for each, with one thread."""
+"""Independent runs at the same time: a process of its own for each, with one thread.
+
+For work that a single command spreads over the cores of one machine, such as the seeds of a demo.
+Processes that a launcher starts are the matter of `shared_core.parallel`.
+"""
 
 import contextlib
 import io
@@ -21,7 +25,12 @@ Told = Callable[..., None]
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Processors that this process may use.
+
+    Example:
+        >>> cores() >= 1
+        True
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -32,7 +41,7 @@ def run_beside(
 ) -> list[Result]:
     """What ``work(job, told)`` returns for every job, as many at a time as there are cores.
 
-    Networks as small as the demos' gain nothing from a second thread, but from a second process.
+    Small networks gain nothing from a second thread, but from a second process.
     Everywhere a job has one thread, so that the numbers are the same however many run at a time.
 
     Args:

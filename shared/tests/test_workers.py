@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffeat import _workers
+from shared_core import workers
 from shared_core.errors import InputError
 
 
@@ -25,34 +25,31 @@ def work(job: Any, told: Any) -> Any:
 
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_workers, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
 
 
 @pytest.mark.usefixtures("two_cores")
 def test_processes_of_their_own() -> None:
     said: list[Any] = []
-    found = _workers.run_beside(work, ["a", "b"], lambda *what: said.append(what))
+    found = workers.run_beside(work, ["a", "b"], lambda *what: said.append(what))
     assert [(job, total) for job, _, total in found] == [("a", 2.0), ("b", 2.0)]
     assert len({pid for _, pid, _ in found} | {os.getpid()}) == 3
     assert sorted(said) == [(0, "a", 1), (1, "b", 1)]
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.usefixtures("two_cores", "without_type_checks")
+@pytest.mark.usefixtures("two_cores")
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX matter")
 def test_what_fails_is_said_and_nothing_stays_behind() -> None:
-    with pytest.raises(RuntimeError, match="process of run 1 died"):
-        _workers._wave(work, {1: "killed"}, lambda *what: None)
+    with pytest.raises(RuntimeError, match="process of run 0 died"):
+        workers.run_beside(work, ["killed", "a"], lambda *what: None)
     assert multiprocessing.active_children() == []
-    said: list[Any] = []
-
-    class End:
-        send = said.append
-
+    mine, theirs = multiprocessing.Pipe(duplex=False)
     threads = torch.get_num_threads()
     for job in ("bad", "broken"):
-        _workers._child(End(), work, job)  # type: ignore[arg-type]
+        workers._child(theirs, work, job)
     torch.set_num_threads(threads)
+    said = [mine.recv() for _ in range(4)]
     assert said[1] == ("input", "give something else")
     assert said[3][0] == "error"
     assert "ZeroDivisionError" in said[3][1]
@@ -60,9 +57,9 @@ def test_what_fails_is_said_and_nothing_stays_behind() -> None:
 
 def test_alone_it_stays_in_this_process() -> None:
     threads, said = torch.get_num_threads(), []
-    found = _workers.run_beside(work, ["a", "b"], lambda *what: said.append(what), alone=True)
+    found = workers.run_beside(work, ["a", "b"], lambda *what: said.append(what), alone=True)
     assert {pid for _, pid, _ in found} == {os.getpid()}
     assert said == [(0, "a", 1), (1, "b", 1)]
     with pytest.raises(ZeroDivisionError):
-        _workers.run_beside(work, ["broken"], lambda *what: None)
+        workers.run_beside(work, ["broken"], lambda *what: None)
     assert torch.get_num_threads() == threads
