@@ -17,6 +17,7 @@ from shared_core.run import RunFolder
 
 __all__ = ["TrainExitSettings", "quality_rows", "train_exit"]
 
+
 @dataclass(frozen=True)
 class TrainExitSettings:
     """What a run is made of; all of it is written to ``config.json``.
