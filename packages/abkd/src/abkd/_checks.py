@@ -1,9 +1,10 @@
 """Checks of arguments that several modules make."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +12,23 @@ from torch import Tensor
 from shared_core.errors import InputError
 
 IGNORE_INDEX = -100
-F = TypeVar("F", bound=Callable[..., object])
+P = ParamSpec("P")
+R = TypeVar("R")
 _flagged: set[tuple[float, float]] = set()
 
 
-def uncompiled(function: F) -> F:
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """Let torch.compile step around a function whose backward is written by hand."""
-    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+    @functools.wraps(function)
+    def stepped_around(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Not `disable` itself as the decorator: that imports the compiler, seconds of it.
+        if torch.compiler.is_compiling():
+            disabled: Callable[P, R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return stepped_around
 
 
 def check_choice(name: str, value: object, *accepted: str) -> None:
