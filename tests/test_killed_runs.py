@@ -91,7 +91,7 @@ def lines_in(folder: Path, name: str = "log.jsonl") -> int:
 
 def draw_images(folder: Path, count: int, size: int = 40) -> None:
     folder.mkdir()
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(list(folder.name.encode()))  # no two folders share an image
     for i in range(count):
         pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
