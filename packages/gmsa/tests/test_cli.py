@@ -206,10 +206,13 @@ def test_bench_measures_and_goes_on(run_cli, monkeypatch) -> None:
         "train": lambda d, r: the_bench.bench_train(d, r, n=32, vocab=500, width=64),
         "answer": lambda d, r: the_bench.bench_answer(d, r, lengths=(32, 64)),
         "store": lambda d, r: the_bench.bench_store(d, r, documents=3, n=32, width=64),
+        "stream": lambda d, r: the_bench.bench_stream(d, r, n=64, width=64, chunk=16),
     }
     monkeypatch.setattr(the_bench, "CASES", small)
     found = called(run_cli, "bench", "--repeats", 1, "--out", "b", "--device", "cpu")
-    assert {row["case"] for row in found["targets"]} == {"compress", "merge", "train", "store"}
+    aims = {row["case"] for row in found["targets"]}
+    assert aims == {"compress", "merge", "train", "store", "stream"}
+    assert found["stream"]["largest difference"] < 1e-5
     assert found["compress"]["largest difference"] < 1e-4
     assert found["compress"]["largest tensor of ours over n V"] < 1
     assert found["merge"]["largest difference"] < 1e-5
@@ -222,7 +225,7 @@ def test_bench_measures_and_goes_on(run_cli, monkeypatch) -> None:
     assert run_cli(main, "bench", "--out", "c").code == 1
     monkeypatch.setattr(the_bench, "CASES", done)
     called(run_cli, "bench", "--out", "c", "--resume", "--no-plots", "--device", cpu)
-    assert sorted(calls) == ["answer", "compress", "merge", "store", "train"]
+    assert sorted(calls) == sorted(small)
 
 
 @pytest.mark.smoke
