@@ -93,9 +93,10 @@ class _FusedLoss(torch.autograd.Function):
                 slope = head.slope(mine) if with_grad else 1.0
                 objective.chunk(mine, theirs.part(some), at[some], with_grad)
                 _through(mine, slope)
+                del mine
             if with_grad:
                 gradients.add(at, h, weight, logits)
-            del logits, theirs, mine  # before the next chunk's are made
+            del logits, theirs  # before the next chunk's are made
         r = objective.results
         ctx.rows, ctx.chunk, ctx.head, ctx.has_bias = rows, chunk, head, bias is not None
         ctx.save_for_backward(hidden, weight, bias, r["target"], *gradients.all)
