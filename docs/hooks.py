@@ -4,6 +4,7 @@ Nothing is written by hand per package: a method's page is its README, and each 
 modules gets a page of the API reference, made from its docstrings.
 """
 
+import posixpath
 import re
 from pathlib import Path
 
@@ -20,7 +21,8 @@ TEXTS = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "benchmarks.md",
 }
-FILES = ["LICENSE", "CITATION.cff"]
+WORDNET_LICENSE = "packages/internet-neg/src/internet_neg/data/WORDNET_LICENSE"
+FILES = ["LICENSE", "CITATION.cff", WORDNET_LICENSE]
 GALLERY = ROOT / "runs" / "gallery"
 TUTORIALS = ROOT / "docs" / "tutorials"
 
@@ -42,14 +44,23 @@ def page_of(target: str) -> str:
     """The page of the site that shows a file or folder of the repository."""
     for name, folder in PACKAGES.items():
         path = folder.relative_to(ROOT).as_posix()
-        if target.rstrip("/") in (path, f"{path}/README.md"):
+        if target in (path, f"{path}/README.md"):
             return f"methods/{name}.md"
-    return TEXTS.get(target, target.removeprefix("../docs/"))
+    return TEXTS.get(target, target.removeprefix("docs/"))
 
 
-def with_links_to_pages(text: str) -> str:
-    """Point the links of a file in the root at the site's pages."""
-    return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", lambda m: f"]({page_of(m[1])})", text)
+def with_links_to_pages(text: str, folder: Path, page: str) -> str:
+    """Point the links of a file in `folder`, which becomes `page`, at the site's pages."""
+
+    def link(found: re.Match[str]) -> str:
+        path, *anchor = found[1].split("#")
+        file = (folder / path).resolve()
+        if not file.exists() or not file.is_relative_to(ROOT):
+            return found[0]  # code such as `methods[0](x)`, or a broken link, which strict refuses
+        target = page_of(file.relative_to(ROOT).as_posix())
+        return f"]({'#'.join([posixpath.relpath(target, posixpath.dirname(page)), *anchor])})"
+
+    return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", link, text)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -59,6 +70,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Which method": "which.md"},
         {"Methods": [{name: f"methods/{name}.md"} for name in PACKAGES]},
         {"Together": [f"tutorials/{file.name}" for file in sorted(TUTORIALS.glob("*.md"))]},
+        {"The papers' runs": "recipes.md"},
         {"Command lines": "commands.md"},
         {"Measured": "measured.md"},
         {
@@ -88,11 +100,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path, content=content))
 
     for source, page in TEXTS.items():
-        add(page, with_links_to_pages((ROOT / source).read_text(encoding="utf-8")))
+        file = ROOT / source
+        text = file.read_text(encoding="utf-8")
+        add(page, with_links_to_pages(text, file.parent, page))
     for name in FILES:
         add(name, (ROOT / name).read_bytes())
     for name, folder in PACKAGES.items():
-        add(f"methods/{name}.md", (folder / "README.md").read_text(encoding="utf-8"))
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        add(f"methods/{name}.md", with_links_to_pages(card, folder, f"methods/{name}.md"))
         for module in public_modules(folder):
             add(f"api/{module}.md", f"# `{module}`\n\n::: {module}\n")
     for file in [*GALLERY.glob("index.html"), *GALLERY.glob("*.png")]:
