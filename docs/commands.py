@@ -136,7 +136,7 @@ def page(found: list[Command]) -> str:
         if len(holders) > 1:
             kinds = sorted({o.kind for o in options if o.name == name})
             lines += [f"| `{name}` | {', '.join(kinds)} | {', '.join(holders)} |"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("<", "&lt;") + "\n"
 
 
 if __name__ == "__main__":
