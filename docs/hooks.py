@@ -35,7 +35,8 @@ def public_modules(package: Path) -> list[str]:
         parts = file.relative_to(source).with_suffix("").parts
         if parts[-1] == "__init__":
             parts = parts[:-1]
-        if not any(part.startswith("_") for part in parts):
+        # The page of command lines says what a cli module has.
+        if not any(part.startswith("_") or part == "cli" for part in parts):
             names.append(".".join(parts))
     return sorted(names)
 
