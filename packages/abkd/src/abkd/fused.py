@@ -95,7 +95,7 @@ class _FusedLoss(torch.autograd.Function):
                 _through(mine, slope)
             if with_grad:
                 gradients.add(at, h, weight, logits)
-            del logits, theirs, mine  # before the next chunk's are made
+            logits = theirs = mine = None  # before the next chunk's are made
         r = objective.results
         ctx.rows, ctx.chunk, ctx.head, ctx.has_bias = rows, chunk, head, bias is not None
         ctx.save_for_backward(hidden, weight, bias, r["target"], *gradients.all)
