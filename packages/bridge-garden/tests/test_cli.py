@@ -1,14 +1,15 @@
 """The command line: every command runs, says what it did, and refuses bad input in a line."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,8 +90,19 @@ def pair(tmp_path: Path) -> tuple[str, str, str]:
     return tuple(str(tmp_path / n) for n in ("student", "teacher", "rows.jsonl"))
 
 
+def in_its_own_process(argv: list[str], folder: str) -> None:
+    """The command, in a process that can be killed."""
+    os.chdir(folder)
+    with (
+        Path("said.txt").open("w") as said,
+        contextlib.redirect_stderr(said),
+        contextlib.redirect_stdout(said),
+    ):
+        sys.exit(main(argv))
+
+
 def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
-    run_cli: Run, pair: tuple[str, str, str]
+    run_cli: Run, pair: tuple[str, str, str], warm_processes: Any
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -109,19 +121,17 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
     assert "continue it with --resume" in run_cli(main, *command, "--out", "whole").stderr
     assert run_cli(main, *command, "--out", "fresh", "--resume").code == 2
 
-    with Path("said.txt").open("w") as said:
-        killed = subprocess.Popen(
-            [sys.executable, "-m", "bridge_garden.cli", *command, "--out", "killed"],
-            stdout=said,
-            stderr=said,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+    killed = warm_processes.Process(
+        target=in_its_own_process, args=([*command, "--out", "killed"], os.getcwd())
+    )
+    killed.start()
     mark = Path("killed/checkpoints/checkpoint-10/complete.json")
     limit = time.monotonic() + 300
-    while not mark.is_file() and time.monotonic() < limit and killed.poll() is None:
+    while not mark.is_file() and time.monotonic() < limit and killed.is_alive():
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait(60) == -signal.SIGKILL, Path("said.txt").read_text()
+    killed.kill()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL, Path("said.txt").read_text()
     assert not Path("killed/student").exists()
     # A checkpoint that was being written does not count.
     Path("killed/checkpoints/checkpoint-39").mkdir()

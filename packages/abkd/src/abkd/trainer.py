@@ -211,8 +211,11 @@ class DistillationTrainer(Trainer):
         if teacher_model is not None:
             frozen: Any = teacher_model
             frozen.requires_grad_(False).eval()
-            if self.place_model_on_device and getattr(frozen, "hf_device_map", None) is None:
+            if getattr(frozen, "hf_device_map", None) is None:
                 frozen.to(self.args.device)
+            if self.is_fsdp_enabled:  # whose sparing way to load reads weights in one process only
+                for tensor in (*frozen.parameters(), *frozen.buffers()):
+                    torch.distributed.broadcast(tensor.detach(), src=0)
         size = _config(model)
         self.vocab_size = align_vocab(
             size,
@@ -537,13 +540,20 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add means over the tokens since the last line: kd, ce, entropies, top-1 agreement."""
         if "loss" in logs and self._sums:
-            tokens = max(float(self._sums.pop("tokens")), 1.0)
-            if "pretrain_ce" in self._sums:
-                own = max(float(self._sums.pop("pretrain_tokens")), 1.0)
-                logs = {**logs, "pretrain_ce": float(self._sums.pop("pretrain_ce")) / own}
-            logs = {**logs, **{n: float(v) / tokens for n, v in self._sums.items()}}
-            self._sums = {}
+            sums, self._sums = self.of_all_processes(self._sums), {}
+            tokens = max(sums.pop("tokens"), 1.0)
+            if "pretrain_ce" in sums:
+                own = max(sums.pop("pretrain_tokens"), 1.0)
+                logs = {**logs, "pretrain_ce": sums.pop("pretrain_ce") / own}
+            logs = {**logs, **{n: v / tokens for n, v in sums.items()}}
         super().log(logs, *args, **kwargs)
+
+    def of_all_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Scalars, each summed over the processes; all of them have to call this."""
+        stacked = torch.stack([value.float() for value in sums.values()])
+        if self.accelerator.num_processes > 1:
+            stacked = self.accelerator.reduce(stacked, reduction="sum")
+        return dict(zip(sums, stacked.tolist(), strict=True))
 
 
 def _causal(model: Any) -> Any:
