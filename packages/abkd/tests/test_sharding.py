@@ -1,4 +1,4 @@
-"""Training with FSDP2 on two processes against one, and resuming it; the files for DeepSpeed."""
+"""Training with FSDP2 on two processes against one, and resuming it."""
 
 import dataclasses
 import json
