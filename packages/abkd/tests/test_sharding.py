@@ -1,4 +1,4 @@
-"""Training with FSDP2 on two processes against one, and resuming it."""
+"""Training with FSDP2 on two processes against one, and resuming it, fused and from logits."""
 
 import dataclasses
 import json
@@ -14,6 +14,10 @@ from abkd.presets import launch_files
 from shared_core.testing import run_gloo
 
 pytestmark = pytest.mark.usefixtures("without_type_checks")
+
+
+# What the trainer makes of the student's head, and what the loss then sees.
+KINDS = {"whole": "FSDPLinear", "resharded": "GatheredHead", "logits": "logits"}
 
 
 def launch_variables() -> dict[str, str]:
@@ -55,28 +59,44 @@ def two_processes(rank: int, world: int, folder: str, settings: Any) -> None:
     from abkd.train import train
     from abkd.trainer import DistillationTrainer
 
-    plain_step, steps = DistillationTrainer.training_step, []
+    plain_step, plain_loss = DistillationTrainer.training_step, DistillationTrainer.distil
+    steps, heads = [], []
 
     def step(self: Any, model: Any, *args: Any, **more: Any) -> Any:
         assert all(isinstance(p, DTensor) for p in model.parameters())
         assert all(p.any() for p in self.teacher.parameters())
         steps.append(self.state.global_step)
+        # Accelerate wraps the head on its own, and FSDP then keeps it whole until backward.
+        self.accelerator.unwrap_model(model).get_output_embeddings().set_reshard_after_forward(
+            kind == "resharded"
+        )
         return plain_step(self, model, *args, **more)
 
+    def distil(self: Any, student: Any, *args: Any) -> Any:
+        told = "logits" if student.hidden is None else type(student.head).__name__
+        heads.append(told)
+        return plain_loss(self, student, *args)
+
     DistillationTrainer.training_step = step  # type: ignore[method-assign]
-    out = Path(folder) / "two"
-    mine = dataclasses.replace(settings, batch_size=1)
-    whole = train(mine, out, "cpu")
-    dist.barrier()
-    if rank == 0:  # as if it had been killed in its third step
-        shutil.rmtree(out / "checkpoints/checkpoint-3")
-        shutil.move(out / "student", out / "whole")
-        shutil.move(out / "log.jsonl", out / "whole.jsonl")
-    dist.barrier()
-    assert train(mine, out, "cpu", resume=True) == whole
-    assert steps == [0, 0, 1, 1, 2, 2, 2, 2]
+    DistillationTrainer.distil = distil  # type: ignore[method-assign]
+    for kind in KINDS:
+        out = Path(folder) / f"two-{kind}"
+        mine = dataclasses.replace(settings, batch_size=1, fused=kind != "logits")
+        whole = train(mine, out, "cpu")
+        dist.barrier()
+        if rank == 0:  # as if it had been killed in its third step
+            shutil.rmtree(out / "checkpoints/checkpoint-3")
+            shutil.move(out / "student", out / "whole")
+            shutil.move(out / "log.jsonl", out / "whole.jsonl")
+        dist.barrier()
+        assert train(mine, out, "cpu", resume=True) == whole
+    assert steps == [0, 0, 1, 1, 2, 2, 2, 2] * 3
+    assert heads == [name for name in KINDS.values() for _ in range(8)]
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shards on accelerators alone"
+)
 # Accelerate's own words about resuming with FSDP, and torch's about its checkpoints.
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_with_fsdp2_equal_one_and_resume(
@@ -92,17 +112,17 @@ def test_two_processes_with_fsdp2_equal_one_and_resume(
     )  # fmt: skip
     train(settings, tmp_path / "one", "cpu")
     run_gloo(two_processes, tmp_path, str(tmp_path), settings)
-    names = ("one/log.jsonl", "two/whole.jsonl", "two/log.jsonl")
-    one, *others = (
-        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in names
-    )
-    for lines in others:
-        for key in ("loss", "kd", "ce", "agreement", "grad_norm"):
-            found, wanted = ([line[key] for line in some if key in line] for some in (lines, one))
-            assert found == pytest.approx(wanted, rel=1e-4), key
+    log = [json.loads(line) for line in (tmp_path / "one/log.jsonl").read_text().splitlines()]
     wanted = load_file(tmp_path / "one/student/model.safetensors")
-    for folder in ("whole", "student"):
-        found = load_file(tmp_path / "two" / folder / "model.safetensors")
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     start = load_file(Path(pair[2]) / "model.safetensors")
-    assert any(not torch.allclose(found[k], v, atol=1e-4) for k, v in start.items())
+    assert any(not torch.allclose(wanted[k], v, atol=1e-4) for k, v in start.items())
+    for kind in KINDS:
+        two = tmp_path / f"two-{kind}"
+        for name in ("whole.jsonl", "log.jsonl"):
+            lines = [json.loads(line) for line in (two / name).read_text().splitlines()]
+            for key in ("loss", "kd", "ce", "agreement", "grad_norm"):
+                found, one = ([x[key] for x in some if key in x] for some in (lines, log))
+                assert found == pytest.approx(one, rel=1e-4), key
+        for name in ("whole", "student"):
+            found = load_file(two / name / "model.safetensors")
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

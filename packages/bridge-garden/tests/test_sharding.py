@@ -78,6 +78,9 @@ def two_processes(rank: int, world: int, folder: str, settings: Any) -> None:
     assert steps == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shards on accelerators alone"
+)
 # Accelerate's own words about resuming with FSDP, and torch's about its checkpoints.
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_with_fsdp2_equal_one_and_resume(

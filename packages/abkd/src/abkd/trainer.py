@@ -29,6 +29,7 @@ from abkd.data import CompletionCollator, tokenize_dataset
 from abkd.fused import fused_linear_ab_divergence
 from abkd.objective import DistillationOutput, distillation_loss
 from abkd.rollout import own_responses
+from abkd.sharded import after, can_gather, gathered, is_sharded
 from abkd.sparse import sparse_distillation_loss
 from abkd.terms import divergence_terms
 from abkd.vocab import align_vocab
@@ -52,8 +53,8 @@ class DistillationConfig(TrainingArguments):
         ce_weight: Weight of the hard term.
         teacher_model_name_or_path: The teacher, if no model is passed.
         teacher_init_kwargs: For its ``from_pretrained``.
-        fused: Compute heads and loss together; off, or where a head is sharded or adapted, from
-            logits.
+        fused: Compute heads and loss together; off, or where a head is adapted or sharded by
+            other means than FSDP2, from logits.
         chunk_size: Tokens of a chunk; by default what the memory suits.
         max_length: Longer examples are cut.
         completion_only_loss: Only the completion's tokens count.
@@ -498,20 +499,27 @@ class DistillationTrainer(Trainer):
         causal = _causal(self.accelerator.unwrap_model(model))
         head = causal.get_output_embeddings()
         keeps = "logits_to_keep" in inspect.signature(causal.forward).parameters
-        plain = type(head) is nn.Linear and not _is_sharded(head.weight)
-        if not (self.args.fused and keeps and plain):
+        # An adapted head has a forward of its own; one that FSDP has wrapped does not.
+        linear = getattr(type(head), "forward", None) is nn.Linear.forward
+        sharded = linear and is_sharded(head.weight)
+        if sharded:
+            linear = can_gather(head.weight, self.accelerator.num_processes)
+        if not (self.args.fused and keeps and linear):
             return ModelSide(None, None, model(**inputs, use_cache=False).logits)
         with _last_hidden(causal) as found:
             last = model(**inputs, use_cache=False, logits_to_keep=1).logits
+        hidden = found[0]
+        if sharded:
+            hidden, head = after(hidden, last), gathered(head)
         config = _config(causal)
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
-        side = ModelSide(found[0], head, None, cap, scale)
+        side = ModelSide(hidden, head, None, cap, scale)
         if who not in self._head_checked:
             self._head_checked.add(who)
             with torch.no_grad():
-                mine = ModelSide(found[0][:, -1:], head, None, cap, scale).all_logits()
+                mine = ModelSide(hidden[:, -1:], head, None, cap, scale).all_logits()
             if not torch.allclose(mine.float(), last.float(), rtol=2e-2, atol=2e-2):
                 raise InputError(
                     f"the {who} ({type(causal).__name__}) changes its logits after the head in a "
@@ -563,10 +571,6 @@ def _causal(model: Any) -> Any:
 def _config(model: Any) -> Any:
     config = _causal(model).config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") or weight.ndim != 2
 
 
 @contextmanager
