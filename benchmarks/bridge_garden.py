@@ -1,10 +1,14 @@
 """The hybrid loss beside pure soft labels and beside a plain restatement of the formula.
 
 Run with ``nox -s bench -- bridge-garden``; what is measured is said in `bridge_garden.bench`. And
-exact κ by dynamic programming beside a plain recursion over all texts.
+exact κ by dynamic programming beside a plain recursion over all texts; and a step of the trainer
+beside one of abkd's, and beside one whose responses the student has to write first.
 """
 
 import argparse
+import contextlib
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,53 @@ def kappa(repeats: int) -> dict[str, Any]:
     }
 
 
+def steps(repeats: int, width: int = 64, vocab: int = 8192, response: int = 512) -> dict[str, Any]:
+    """Seconds of a trainer's step at equal batch, Llamas of 8 layers: hybrid, abkd's, on-policy."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from abkd.trainer import DistillationConfig, DistillationTrainer
+    from bridge_garden.trainer import HybridConfig, HybridTrainer
+
+    def llama(width: int) -> LlamaForCausalLM:
+        config = LlamaConfig(
+            vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=8,
+            num_attention_heads=2, max_position_embeddings=2048, eos_token_id=None,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+    torch.manual_seed(0)
+    ids = torch.randint(vocab, (4, 32 + response)).tolist()
+    rows = [{"input_ids": row, "labels": [-100] * 32 + row[32:]} for row in ids]
+    common: dict[str, Any] = {
+        "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none",
+        "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no",
+        "dataloader_pin_memory": False, "max_length": 32 + response,
+    }  # fmt: skip
+    teacher = llama(2 * width)
+    own = {"on_policy_fraction": 1.0, "max_new_tokens": response}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {
+            "hybrid": HybridTrainer(
+                llama(width), teacher, HybridConfig(folder, **common), train_dataset=rows
+            ),
+            "abkd": DistillationTrainer(
+                llama(width), teacher, DistillationConfig(folder, alpha=1.0, beta=0.0, **common),
+                train_dataset=rows,
+            ),
+            "on-policy": HybridTrainer(
+                llama(width), teacher, HybridConfig(folder, **common, **own), train_dataset=rows
+            ),
+        }  # fmt: skip
+        with contextlib.redirect_stdout(sys.stderr):
+            timings = measure_time(*(t.train for t in trainers.values()), repeats=repeats)
+    seconds = {name: t.median / 2 for name, t in zip(trainers, timings, strict=True)}
+    return {
+        "seconds": seconds,
+        "hybrid_over_abkd": seconds["hybrid"] / seconds["abkd"],
+        "on_policy_over_hybrid": seconds["on-policy"] / seconds["hybrid"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -63,6 +114,7 @@ def main() -> None:
         for N, V, H in sizes
     }
     results["kappa"] = kappa(3)
+    results["steps"] = steps(3)
     results["note"] = options.note
     results["environment"] = environment("bridge-garden", "abkd")
     name = f"bridge_garden-{device.type}.json"

@@ -1,5 +1,7 @@
+import functools
 import json
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,25 @@ def pair(tmp_path: Path) -> list[str]:
         "--data", str(tmp_path / "data.jsonl"), "--max-steps", "30", "--save-steps", "5",
         "--batch-size", "2", "--accumulation", "2", "--lr", "0.003", "--device", "cpu",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def warm_processes() -> Iterator[Any]:
+    """Processes forked from one that has the libraries: to import them takes each 13 s of its own.
+
+    The context for `multiprocessing`; `shared_core.testing.run_gloo` uses it as well.
+    """
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(
+        [
+            "abkd.trainer",
+            "transformers.models.auto",
+            "transformers.models.llama.modeling_llama",
+            "transformers.models.qwen2.modeling_qwen2",
+            "shared_core.testing",
+        ]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+        patch.setattr(torch.multiprocessing, "spawn", start)
+        yield fork

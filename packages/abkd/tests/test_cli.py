@@ -1,13 +1,14 @@
 """The command line: every command runs, a killed run goes on, bad input is refused in a line."""
 
+import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,14 +66,11 @@ def test_demo_writes_a_run(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert json.loads((folder / "config.json").read_text())["command"] == "abkd demo"
 
 
-def start(argv: list[str], folder: Path) -> "subprocess.Popen[bytes]":
-    """The command in a process of its own, which can be killed."""
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(folder / "cache"))
-    with (folder / "said.txt").open("w") as said:
-        return subprocess.Popen(
-            [sys.executable, "-m", "abkd.cli", *argv], cwd=folder, env=environment,
-            stdout=said, stderr=said,
-        )  # fmt: skip
+def in_its_own_process(argv: list[str], folder: str) -> None:
+    """The command, in a process that can be killed."""
+    os.chdir(folder)
+    with Path("said.txt").open("w") as said, contextlib.redirect_stderr(said):
+        sys.exit(main(argv))
 
 
 def damage(path: Path) -> None:
@@ -84,19 +82,23 @@ def damage(path: Path) -> None:
 
 @pytest.mark.filterwarnings("default:.*is damaged and passed over:UserWarning")
 def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
-    pair: list[str], tmp_path: Path, run_cli: Run
+    pair: list[str], tmp_path: Path, run_cli: Run, warm_processes: Any
 ) -> None:
     from safetensors.torch import load_file
 
     whole = run_cli(main, *pair, "--out", tmp_path / "whole")
     assert whole.code == 0, whole.stderr
-    killed = start([*pair, "--out", "killed"], tmp_path)
+    killed = warm_processes.Process(
+        target=in_its_own_process, args=([*pair, "--out", "killed"], str(tmp_path))
+    )
+    killed.start()
     mark = tmp_path / "killed/checkpoints/checkpoint-10/complete.json"
     limit = time.monotonic() + 300
-    while not mark.is_file() and time.monotonic() < limit and killed.poll() is None:
+    while not mark.is_file() and time.monotonic() < limit and killed.is_alive():
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait(60) == -signal.SIGKILL
+    killed.kill()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "said.txt").read_text()
     assert not (tmp_path / "killed/student").exists()
     refused = run_cli(main, *pair, "--out", tmp_path / "killed")
     assert refused.code == 2

@@ -404,7 +404,7 @@ def _both(rank: int, world: int, folder: str) -> None:
         _in_two_processes(rank, world, folder, fused)
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def test_two_processes_equal_one(tmp_path: Path, warm_processes: Any) -> None:
     from safetensors.torch import load_file
 
     run_gloo(_both, tmp_path, str(tmp_path))

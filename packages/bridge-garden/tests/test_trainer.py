@@ -357,7 +357,7 @@ def _in_two_processes(rank: int, world: int, folder: str) -> None:
             )
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def test_two_processes_equal_one(tmp_path: Path, warm_processes: Any) -> None:
     """Responses of unequal length on the two sides: one denominator, or the weights differ."""
     from safetensors.torch import load_file
 

@@ -5,7 +5,7 @@ import ctypes
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from abkd.divergence import ab_divergence, divergence
 from abkd.fused import fused_linear_ab_divergence
 from shared_core.device import measure_time, peak_memory
 
-__all__ = ["measure_losses", "plain_ab", "plain_kl"]
+__all__ = ["measure_losses", "measure_side_by_side", "plain_ab", "plain_kl"]
 
 
 def plain_ab(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> Tensor:
@@ -56,10 +56,40 @@ def _liger_jsd() -> Any:
     )
 
 
-def _give_back() -> None:
-    """Give freed memory back to the system, so that the resident size shows what a call takes."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+def measure_side_by_side(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device,
+    repeats: int = 5,
+    warmup: int = 1,
+) -> dict[str, dict[str, Any]]:
+    """Median seconds of each call, in turns, and then the peak memory of one more of each.
+
+    Args:
+        calls: What is to be measured, by name.
+        device: Where it runs.
+        repeats: Timed rounds.
+        warmup: Rounds before.
+
+    Returns:
+        ``seconds`` and ``peak_bytes`` above the level before, by name.
+
+    Example:
+        >>> found = measure_side_by_side({"sum": lambda: sum(range(9))},
+        ...                              device=torch.device("cpu"), repeats=1)
+        >>> list(found["sum"])
+        ['seconds', 'peak_bytes']
+    """
+    timings = measure_time(*calls.values(), device=device, repeats=repeats, warmup=warmup)
+    found: dict[str, dict[str, Any]] = {}
+    for (name, call), timing in zip(calls.items(), timings, strict=True):
+        # What is freed goes back to the system, so that the resident size shows what a call takes.
+        with contextlib.suppress(OSError, AttributeError):  # glibc only
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with peak_memory(device) as peak:
+            call()
+        found[name] = {"seconds": timing.median, "peak_bytes": peak.bytes}
+    return found
 
 
 def measure_losses(
@@ -171,13 +201,7 @@ def measure_losses(
             "Liger JSD, frozen head": liger_heads(W.detach()),
             "fused JSD, frozen head": fused_heads("jsd", W.detach()),
         }
-    timings = measure_time(*calls.values(), device=device, repeats=repeats, warmup=warmup)
-    losses: dict[str, dict[str, Any]] = {}
-    for (name, call), timing in zip(calls.items(), timings, strict=True):
-        _give_back()
-        with peak_memory(device) as peak:
-            call()
-        losses[name] = {"seconds": timing.median, "peak_bytes": peak.bytes}
+    losses = measure_side_by_side(calls, device=device, repeats=repeats, warmup=warmup)
     ratios = {
         f"{first} over {second}, {what}": losses[first][key] / losses[second][key]
         for first, second, what, key in _RATIOS

@@ -5,8 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from abkd.fused import Head, fused_loss
-from abkd.objective import TeacherChunk
-from abkd.sparse import SETTINGS
+from abkd.objective import SETTINGS, TeacherChunk
 from abkd.statistics import TokenStatistics
 from abkd.terms import Terms
 

@@ -31,6 +31,7 @@ from abkd.objective import (
     WeightFunction,
     label_gradient,
     prepare,
+    settings_among,
 )
 from abkd.terms import Terms
 from abkd.vocab import shared_size
@@ -83,7 +84,8 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         objective.allocate(upcast(hidden[:0]).dtype, hidden.device)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad if with_grad else None)
-        for at in torch.split(rows, chunk):
+
+        def one_chunk(at: Tensor) -> None:  # whose logits are gone before the next one's are made
             h = hidden[at]
             logits = head.logits(h, weight, bias)
             theirs = teacher(at)
@@ -93,15 +95,15 @@ class _FusedLoss(torch.autograd.Function):
                 slope = head.slope(mine) if with_grad else 1.0
                 objective.chunk(mine, theirs.part(some), at[some], with_grad)
                 _through(mine, slope)
-                del mine
             if with_grad:
                 gradients.add(at, h, weight, logits)
-            del logits, theirs  # before the next chunk's are made
-        r = objective.results
-        ctx.rows, ctx.chunk, ctx.head, ctx.has_bias = rows, chunk, head, bias is not None
-        ctx.save_for_backward(hidden, weight, bias, r["target"], *gradients.all)
+
+        for at in torch.split(rows, chunk):
+            one_chunk(at)
+        ctx.rows, ctx.chunk, ctx.head = rows, chunk, head
+        ctx.save_for_backward(hidden, weight, bias, objective.results["target"], *gradients.all)
         ctx.set_materialize_grads(False)
-        return objective.totals()[0], r["label_logit"].clone(), r["lse"].clone()
+        return objective.differentiable()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -256,6 +258,7 @@ def fused_linear_ab_divergence(
         >>> W.grad[10].tolist(), out.statistics["teacher_entropy"].shape
         ([0.0, 0.0, 0.0, 0.0], torch.Size([6]))
     """
+    settings = settings_among(locals())
     classes = shared_size(len(student_weight), len(teacher_weight), vocab)
     _check_heads(student_hidden, student_weight, "student")
     _check_heads(teacher_hidden, teacher_weight, "teacher")
@@ -277,26 +280,6 @@ def fused_linear_ab_divergence(
     def teacher(at: Tensor) -> TeacherChunk:
         return DenseChunk(teacher_head.logits(flat[at], tw, tb))
 
-    settings = {
-        "divergence": divergence,
-        "alpha": alpha,
-        "beta": beta,
-        "mix": mix,
-        "temperature": temperature,
-        "temperature_power": temperature_power,
-        "kd_weight": kd_weight,
-        "ce_weight": ce_weight,
-        "labels": labels,
-        "mask": mask,
-        "token_weight": token_weight,
-        "ce_token_weight": ce_token_weight,
-        "weight_fn": weight_fn,
-        "hard_labels": hard_labels,
-        "n_valid": n_valid,
-        "statistics": statistics,
-        "return_label_logits": return_label_logits,
-        "ignore_index": ignore_index,
-    }
     head = Head(classes, student_logit_scale, student_softcap)
     return fused_loss(
         student_hidden, student_weight, student_bias, head, teacher, chunk_size, settings
@@ -321,7 +304,7 @@ def fused_loss(
     low, low_weight, low_bias = _autocast(hidden, weight, bias)
     assert low is not None
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, label_logit, lse = _FusedLoss.apply(
+        found = _FusedLoss.apply(
             low.reshape(-1, hidden.shape[-1]),
             low_weight,
             low_bias,
@@ -332,11 +315,10 @@ def fused_loss(
             # Each chunk reads and writes the whole head once, so it wants many rows; what is done
             # to their logits wants no more of them than the cache holds.
             chunk_rows(chunk_size, head.classes, hidden.device, cpu=1 << 21, least=64),
-            chunk_rows(None, head.classes, hidden.device, cpu=1 << 20),
+            chunk_rows(None, head.classes, hidden.device, cpu=1 << 19),
             with_grad,
         )
-    wanted = (label_logit, lse) if objective.label_logits else (None, None)
-    return objective.output(shape, loss, *wanted)
+    return objective.output(shape, *found)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:

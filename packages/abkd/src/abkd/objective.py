@@ -40,6 +40,32 @@ __all__ = ["ABDivergenceLoss", "DistillationOutput", "WeightFunction", "distilla
 HardLabels = Literal["labels", "teacher_argmax", "both_agree"]
 WeightFunction = Callable[[TokenStatistics], tuple[Tensor | None, Tensor | None]]
 
+SETTINGS: dict[str, Any] = {
+    "divergence": "ab",
+    "alpha": 0.2,
+    "beta": 0.7,
+    "mix": None,
+    "temperature": 1.0,
+    "temperature_power": 0.0,
+    "kd_weight": 1.0,
+    "ce_weight": 0.0,
+    "labels": None,
+    "mask": None,
+    "token_weight": None,
+    "ce_token_weight": None,
+    "weight_fn": None,
+    "hard_labels": "labels",
+    "n_valid": None,
+    "statistics": (),
+    "return_label_logits": False,
+    "ignore_index": IGNORE_INDEX,
+}
+
+
+def settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a function's arguments that are settings of the objective."""
+    return {name: arguments[name] for name in SETTINGS}
+
 
 @dataclass
 class DistillationOutput:
@@ -242,8 +268,13 @@ class Objective:
         loss = self.kd_factor * kd
         return (loss + self.ce_weight * ce if self.ce_weight else loss), kd, ce
 
+    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What an autograd function returns: loss, label logits and logsumexp."""
+        r = self.results
+        return self.totals()[0], r["label_logit"].clone(), r["lse"].clone()
+
     def output(
-        self, shape: torch.Size, loss: Tensor, label_logit: Tensor | None, lse: Tensor | None
+        self, shape: torch.Size, loss: Tensor, label_logit: Tensor, lse: Tensor
     ) -> DistillationOutput:
         """Put the results into the caller's shape."""
         r = self.results
@@ -258,8 +289,8 @@ class Objective:
             soft_weight=r["soft"].reshape(shape),
             hard_weight=r["hard"].reshape(shape),
             statistics={name: r[name].reshape(shape) for name in self.names},
-            label_logit=label_logit.reshape(shape) if label_logit is not None else None,
-            student_lse=lse.reshape(shape) if lse is not None else None,
+            label_logit=label_logit.reshape(shape) if self.label_logits else None,
+            student_lse=lse.reshape(shape) if self.label_logits else None,
         )
 
 
@@ -354,11 +385,10 @@ class _PlainLoss(torch.autograd.Function):
             objective.chunk(logits, teacher(at), at, with_grad)
             if gradient is not None:
                 gradient[at] = logits.to(gradient.dtype)
-        r = objective.results
         ctx.rows, ctx.chunk = rows, chunk
-        ctx.save_for_backward(gradient, student, r["target"])
+        ctx.save_for_backward(gradient, student, objective.results["target"])
         ctx.set_materialize_grads(False)
-        return objective.totals()[0], r["label_logit"].clone(), r["lse"].clone()
+        return objective.differentiable()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -397,7 +427,7 @@ def plain_loss(
     check_chunk_size(chunk_size)
     shape, classes = student_logits.shape[:-1], student_logits.shape[-1]
     objective, rows = prepare(shape, classes, student_logits.device, **settings)
-    loss, label_logit, lse = _PlainLoss.apply(
+    found = _PlainLoss.apply(
         student_logits.reshape(-1, classes),
         teacher,
         objective,
@@ -405,8 +435,7 @@ def plain_loss(
         chunk_rows(chunk_size, classes, student_logits.device, cpu=1 << 19),
         wants_grad(student_logits),
     )
-    wanted = (label_logit, lse) if objective.label_logits else (None, None)
-    return objective.output(shape, loss, *wanted)
+    return objective.output(shape, *found)
 
 
 def distillation_loss(
@@ -481,28 +510,9 @@ def distillation_loss(
         >>> out.loss.backward(); student.grad[0, 0]
         tensor([-0.3106,  0.1553,  0.1553])
     """
+    settings = settings_among(locals())
     check_pair(student_logits, teacher_logits)
     flat = detached_teacher(teacher_logits, detach_teacher).reshape(-1, teacher_logits.shape[-1])
-    settings = {
-        "divergence": divergence,
-        "alpha": alpha,
-        "beta": beta,
-        "mix": mix,
-        "temperature": temperature,
-        "temperature_power": temperature_power,
-        "kd_weight": kd_weight,
-        "ce_weight": ce_weight,
-        "labels": labels,
-        "mask": mask,
-        "token_weight": token_weight,
-        "ce_token_weight": ce_token_weight,
-        "weight_fn": weight_fn,
-        "hard_labels": hard_labels,
-        "n_valid": n_valid,
-        "statistics": statistics,
-        "return_label_logits": return_label_logits,
-        "ignore_index": ignore_index,
-    }
     return plain_loss(student_logits, lambda at: DenseChunk(wide(flat[at])), chunk_size, settings)
 
 

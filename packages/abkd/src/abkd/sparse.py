@@ -11,36 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from abkd._checks import IGNORE_INDEX, check_choice, check_floating
+from abkd._checks import check_choice, check_floating
 from abkd.divergence import upcast
 from abkd.fused import Head, fused_loss
-from abkd.objective import DistillationOutput, TeacherChunk, plain_loss
+from abkd.objective import SETTINGS, DistillationOutput, TeacherChunk, plain_loss
 from abkd.statistics import TokenStatistics
 from abkd.terms import Terms
 from shared_core.errors import InputError
 
 __all__ = ["sparse_ab_divergence", "sparse_distillation_loss"]
-
-SETTINGS: dict[str, Any] = {
-    "divergence": "ab",
-    "alpha": 0.2,
-    "beta": 0.7,
-    "mix": None,
-    "temperature": 1.0,
-    "temperature_power": 0.0,
-    "kd_weight": 1.0,
-    "ce_weight": 0.0,
-    "labels": None,
-    "mask": None,
-    "token_weight": None,
-    "ce_token_weight": None,
-    "weight_fn": None,
-    "hard_labels": "labels",
-    "n_valid": None,
-    "statistics": (),
-    "return_label_logits": False,
-    "ignore_index": IGNORE_INDEX,
-}
 
 
 class TopKChunk:

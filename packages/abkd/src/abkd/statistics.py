@@ -25,6 +25,7 @@ STATISTICS = (
     "student_argmax",
     "student_entropy",
     "student_label_prob",
+    "student_label_log_prob",
 )
 
 _BLOCK = 256
@@ -145,10 +146,15 @@ class TokenStatistics:
         """-Σ q log q."""
         return _entropy(self._lq)
 
-    @cached_property
+    @property
     def student_label_prob(self) -> Float[Tensor, " C"]:
         """q(label)."""
-        return torch.exp(self._lq.gather(-1, self._labels()).squeeze(-1))
+        return torch.exp(self.student_label_log_prob)
+
+    @cached_property
+    def student_label_log_prob(self) -> Float[Tensor, " C"]:
+        """Log q(label), also where q(label) is too small for its type."""
+        return self._lq.gather(-1, self._labels()).squeeze(-1)
 
     def _labels(self) -> Tensor:
         if self.labels is None:

@@ -29,6 +29,7 @@ from abkd.data import CompletionCollator, tokenize_dataset
 from abkd.fused import fused_linear_ab_divergence
 from abkd.objective import DistillationOutput, distillation_loss
 from abkd.rollout import own_responses
+from abkd.sharded import after, can_gather, gathered, is_sharded
 from abkd.sparse import sparse_distillation_loss
 from abkd.terms import divergence_terms
 from abkd.vocab import align_vocab
@@ -52,8 +53,8 @@ class DistillationConfig(TrainingArguments):
         ce_weight: Weight of the hard term.
         teacher_model_name_or_path: The teacher, if no model is passed.
         teacher_init_kwargs: For its ``from_pretrained``.
-        fused: Compute heads and loss together; off, or where a head is sharded or adapted, from
-            logits.
+        fused: Compute heads and loss together; off, or where a head is adapted or sharded by
+            other means than FSDP2, from logits.
         chunk_size: Tokens of a chunk; by default what the memory suits.
         max_length: Longer examples are cut.
         completion_only_loss: Only the completion's tokens count.
@@ -211,8 +212,11 @@ class DistillationTrainer(Trainer):
         if teacher_model is not None:
             frozen: Any = teacher_model
             frozen.requires_grad_(False).eval()
-            if self.place_model_on_device and getattr(frozen, "hf_device_map", None) is None:
+            if getattr(frozen, "hf_device_map", None) is None:
                 frozen.to(self.args.device)
+            if self.is_fsdp_enabled:  # whose sparing way to load reads weights in one process only
+                for tensor in (*frozen.parameters(), *frozen.buffers()):
+                    torch.distributed.broadcast(tensor.detach(), src=0)
         size = _config(model)
         self.vocab_size = align_vocab(
             size,
@@ -495,20 +499,27 @@ class DistillationTrainer(Trainer):
         causal = _causal(self.accelerator.unwrap_model(model))
         head = causal.get_output_embeddings()
         keeps = "logits_to_keep" in inspect.signature(causal.forward).parameters
-        plain = type(head) is nn.Linear and not _is_sharded(head.weight)
-        if not (self.args.fused and keeps and plain):
+        # An adapted head has a forward of its own; one that FSDP has wrapped does not.
+        linear = getattr(type(head), "forward", None) is nn.Linear.forward
+        sharded = linear and is_sharded(head.weight)
+        if sharded:
+            linear = can_gather(head.weight, self.accelerator.num_processes)
+        if not (self.args.fused and keeps and linear):
             return ModelSide(None, None, model(**inputs, use_cache=False).logits)
         with _last_hidden(causal) as found:
             last = model(**inputs, use_cache=False, logits_to_keep=1).logits
+        hidden = found[0]
+        if sharded:
+            hidden, head = after(hidden, last), gathered(head)
         config = _config(causal)
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
-        side = ModelSide(found[0], head, None, cap, scale)
+        side = ModelSide(hidden, head, None, cap, scale)
         if who not in self._head_checked:
             self._head_checked.add(who)
             with torch.no_grad():
-                mine = ModelSide(found[0][:, -1:], head, None, cap, scale).all_logits()
+                mine = ModelSide(hidden[:, -1:], head, None, cap, scale).all_logits()
             if not torch.allclose(mine.float(), last.float(), rtol=2e-2, atol=2e-2):
                 raise InputError(
                     f"the {who} ({type(causal).__name__}) changes its logits after the head in a "
@@ -537,13 +548,20 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add means over the tokens since the last line: kd, ce, entropies, top-1 agreement."""
         if "loss" in logs and self._sums:
-            tokens = max(float(self._sums.pop("tokens")), 1.0)
-            if "pretrain_ce" in self._sums:
-                own = max(float(self._sums.pop("pretrain_tokens")), 1.0)
-                logs = {**logs, "pretrain_ce": float(self._sums.pop("pretrain_ce")) / own}
-            logs = {**logs, **{n: float(v) / tokens for n, v in self._sums.items()}}
-            self._sums = {}
+            sums, self._sums = self.of_all_processes(self._sums), {}
+            tokens = max(sums.pop("tokens"), 1.0)
+            if "pretrain_ce" in sums:
+                own = max(sums.pop("pretrain_tokens"), 1.0)
+                logs = {**logs, "pretrain_ce": sums.pop("pretrain_ce") / own}
+            logs = {**logs, **{n: v / tokens for n, v in sums.items()}}
         super().log(logs, *args, **kwargs)
+
+    def of_all_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Scalars, each summed over the processes; all of them have to call this."""
+        stacked = torch.stack([value.float() for value in sums.values()])
+        if self.accelerator.num_processes > 1:
+            stacked = self.accelerator.reduce(stacked, reduction="sum")
+        return dict(zip(sums, stacked.tolist(), strict=True))
 
 
 def _causal(model: Any) -> Any:
@@ -553,10 +571,6 @@ def _causal(model: Any) -> Any:
 def _config(model: Any) -> Any:
     config = _causal(model).config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") or weight.ndim != 2
 
 
 @contextmanager

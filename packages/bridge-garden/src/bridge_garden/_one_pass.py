@@ -101,14 +101,14 @@ class OnePassRisk:
         """The weights of a chunk: λ, and 1 - λ with what the penalty adds."""
         rows = seen.rows
         lam = self.weight(seen)
-        top = self.logits(rows, seen.student_argmax).detach()
-        self.lse[rows] = (top - seen.student_max_prob.log()).to(self.lse.dtype)
+        own = self.label_logit.detach()
+        self.lse[rows] = own[rows] - seen.student_label_log_prob.to(own.dtype)
         self.share[rows] = (1 - lam).to(self.share.dtype)
         if self.argmax:
             self.target[rows] = seen.teacher_argmax
         # Those before a chunk's rows are in it or in an earlier one.
         before = (rows - 1).clamp(min=0)
-        reward = self.label_logit.detach()[before] - self.lse[rows]
+        reward = own[before] - self.lse[rows]
         slope = (self.risk.alpha / 2) * self.share[before] * reward
         follows = self.coupled[before] & (self.target[before] == self.labels[before]) & (rows > 0)
         self.extra[rows] = torch.where(follows, -slope, 0.0)

@@ -242,8 +242,9 @@ class HybridTrainer(DistillationTrainer):
         """Add means over the tokens since the last line, and the number of skipped batches."""
         if "loss" in logs:
             if self._seen:
-                tokens = max(float(self._seen.pop("tokens")), 1.0)
-                logs = {**logs, **{n: float(v) / tokens for n, v in self._seen.items()}}
+                sums = self.of_all_processes(self._seen)
+                tokens = max(sums.pop("tokens"), 1.0)
+                logs = {**logs, **{n: v / tokens for n, v in sums.items()}}
             if self.args.nonfinite == "skip":
                 logs = {**logs, "skipped": self._skipped}
             self._seen, self._skipped = {}, 0
