@@ -153,12 +153,16 @@ def test_eval_on_folders(run_cli: Run) -> None:
         main,
         *["eval", "--model", "model", "--id", "shots", "--id-images", "shots", "--ood", "x=ood"],
         *["--vocab", "words.txt", "--methods", "mcm,neglabel", "-M", 2, "--out", "run"],
+        *["--transform", "openood", "--percentile-mode", "index", "--rescore", "accepted"],
     )
     assert shown.code == 0, shown.stderr
     for name in ("FPR95 (ID+)", "FPR95 (OOD+)", "FPR95 (OOD+): known images rejected"):
         assert name in shown.stdout
     written = json.loads(Path("run/metrics.json").read_text())
     assert list(written["methods"]) == ["mcm", "neglabel"]
+    told = json.loads(Path("run/config.json").read_text())["settings"]
+    assert (told["interneg"]["transform"], told["interneg"]["rescore"]) == ("openood", "accepted")
+    assert told["neglabel"]["percentile_mode"] == "index"
     assert Path("run/roc.png").is_file()
 
 
@@ -205,6 +209,9 @@ FOLDERS = ["--id", "shots", "--id-images", "shots", "--ood", "x=ood", "--vocab",
         (["eval", *FOLDERS, "--rank-by", "rank"], "accepted: margin, score"),
         (["eval", *FOLDERS, "--methods", "odin", "--model", "model"], "accepted: mcm"),
         (["eval", *FOLDERS, "--id", "label.txt", "--model", "model"], "has label 2; accepted: 0"),
+        (["eval", *FOLDERS, "--rescore", "never"], "accepted: batch, accepted"),
+        (["eval", *FOLDERS, "--percentile-mode", "mean"], "accepted: linear, index"),
+        (["eval", *FOLDERS, "--transform", "resize"], "accepted: clip, openood"),
         (["vocab", "count"], "accepted: stats, build"),
         (["demo", "--seed", "100", "--steps", "1", "--quick"], "chosen on seed 100"),
         (["demo", "--device", "tpu"], "device 'tpu' is not here"),

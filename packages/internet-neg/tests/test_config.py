@@ -34,6 +34,8 @@ def test_the_defaults_are_the_published_ones() -> None:
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"rescore": "never"}, "accepted: batch, accepted"),
         ({"dedup": "fuzzy"}, "accepted: casefold, exact"),
+        ({"transform": "resize"}, "accepted: clip, openood"),
+        ({"percentile_mode": "nearest"}, "accepted: linear, index"),
         ({"dtype": "int8"}, "accepted: auto, float32"),
         ({"final_template": "first"}, "exactly once"),
         ({"class_prompt": "a photo"}, "exactly once"),

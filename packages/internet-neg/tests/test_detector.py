@@ -28,6 +28,7 @@ from internet_neg import (
     mcm_score,
 )
 from internet_neg.adapters import InterNegOOD
+from internet_neg.transforms import load_transform
 from shared_core.data.loading import ImageDataset
 
 Unit = Callable[..., Tensor]
@@ -116,6 +117,30 @@ def test_prefixes_resets_and_other_detectors(make_detector: Make, unit: Unit) ->
     for x in v[:12].split(4):
         one.predict(features=x)
     assert torch.equal(one.bank.embeddings, bank)
+
+
+def test_the_transform_is_that_of_the_settings(make_detector: Make, mini: OpenClipEncoder) -> None:
+    ramp = torch.arange(96).mul(2).byte().expand(64, 96)[:, :, None].repeat(1, 1, 3)
+    picture = PIL.Image.fromarray(ramp.numpy())
+    plain, cropped = make_detector(), make_detector(transform="openood")
+    pixels = load_transform("openood", mini)(picture)[None]
+    expected = plain.predict(pixels, update=False).margin
+    assert torch.equal(cropped.predict([picture], update=False).margin, expected)
+    assert not torch.equal(plain.predict([picture], update=False).margin, expected)
+    source = {"red star": [picture], "blue bar": [picture]}
+    proxies = cropped._proxies(source, cropped._T, None)
+    assert torch.allclose(proxies[0], F.normalize(mini.encode_image(pixels), dim=-1)[0], atol=1e-6)
+
+
+def test_the_percentile_is_that_of_the_settings(make_detector: Make) -> None:
+    both = [make_detector(NegLabelDetector, percentile_mode=mode) for mode in ("linear", "index")]
+    texts = [F.normalize(d.encoder.encode_text(
+        [f"The nice {w}." for w, _ in d._words]), dim=-1) for d in both]  # fmt: skip
+    for found, place in zip(texts, (0.95, 1.0), strict=True):
+        # Of two classes, the index takes the larger cosine, the other mode goes 95 % of the way.
+        cosines = (found @ both[0]._T.T).sort(dim=1).values
+        rating = cosines[:, 0] + place * (cosines[:, 1] - cosines[:, 0])
+        assert (rating.diff() >= -1e-6).all()
 
 
 def test_streams_of_every_kind_of_batch(make_detector: Make, mini: OpenClipEncoder) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from internet_neg import HFClipEncoder, InterNegError, OpenClipEncoder
 from internet_neg.encoders import DualEncoder
-from internet_neg.models import load_encoder, load_transform
+from internet_neg.models import load_encoder
+from internet_neg.transforms import load_transform
 from shared_core.contrastive import WordTokenizer
 
 TEXTS = ["a", "a photo of a red star", "star of photo red star of a photo"]

@@ -195,7 +195,7 @@ def test_presets_read_openoods_lists_and_count_them(
     assert len(found.shots[0]) == 16
     assert found.unknown["ninco"] == [images / "b/test_ninco.JPEG"]
     assert found.unknown["ssb-hard"] == [others / "b/test_ssb_hard.JPEG"]
-    assert (found.transform, found.config.groups, found.batch_size) == ("openood", 1, 256)
+    assert (found.config.transform, found.config.groups, found.batch_size) == ("openood", 1, 256)
     assert (found.neglabel.negatives, found.neglabel.groups) == (10_000, 100)
     assert len(found.classnames) == 1000
 

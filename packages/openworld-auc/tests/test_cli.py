@@ -141,6 +141,47 @@ def test_train_resume_and_eval(run_cli: Run, pets, tools) -> None:
     refused = run_cli(main, "eval", "run", "--ci", "exact")
     assert (refused.code, "--ci is 'exact'" in refused.stderr) == (2, True)
     assert 0 <= summary["against"]["zeroshot"]["p_value"] <= 1
+    drawn = [
+        json.loads(run_cli(main, "score", "a.csv", "--ci", "bootstrap", "--seed", seed, "--json",
+                           "--no-plots").stdout)["low"]
+        for seed in (0, 0, 1) if write_csv("a.csv", tools)
+    ]  # fmt: skip
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_prompts_of_one_benchmark_on_another(run_cli: Run, pets, monkeypatch) -> None:
+    from openworld_auc import presets
+
+    # Folders with names that say nothing, as ImageNet's, and what they are called beside them.
+    names = ["cat", "dog", "red fox", "owl"]
+    for label in range(4):
+        for split, part in (("wnids/train", "train"), ("wnids/test", "test"), ("few/test", "test")):
+            if (split, label) == ("few/test", 0):
+                continue
+            folder = Path(split, f"n{label}")
+            folder.mkdir(parents=True)
+            for file in (pets / "images").glob(f"{part}_{label}_*.png"):
+                (folder / file.name).write_bytes(file.read_bytes())
+    Path("names.txt").write_text("\n".join(names))
+    model = ["--model", f"local-dir:{pets / 'clip'}", "--device", "cpu", "--json"]
+    argv = ["train", "--data", "wnids", "--classes", "names.txt", "--shots", 2, "--epochs", 1]
+    shown = run_cli(main, *argv, "--base", 3, "--k", 2, *model, "--out", "run")
+    assert shown.code == 0, shown.stderr
+    assert json.loads(Path("run/gmop.json").read_text())["base_classes"] == names[:3]
+    assert list(json.loads(Path("run/manifest.json").read_text())) == names[:3]
+    # The same classes with fewer of them base, and no training images.
+    few = presets.Benchmark("few", 3, 2, 12, "imagenet-v2", train_on="imagenet")
+    monkeypatch.setitem(presets.BENCHMARKS, "few", few)
+    Path("few.txt").write_text("dog\nred fox\nowl")
+    argv = ["eval", "run", "--preset", "few", "--device", "cpu", "--json"]
+    there = ["--data", "few", "--classes", "few.txt"]
+    shown = run_cli(main, *argv, *there)
+    assert shown.code == 0, shown.stderr
+    found = json.loads(shown.stdout)["test"]
+    assert list(found) == ["run", "zeroshot"]
+    assert (found["run"]["n_base"], found["run"]["n_new"]) == (8, 4)
+    refused = run_cli(main, *argv)
+    assert (refused.code, "give --data" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +201,10 @@ def test_train_resume_and_eval(run_cli: Run, pets, tools) -> None:
         (["train", "--data", "x", "--preset", "mnist"], "there is no preset 'mnist'"),
         (["train", "--data", "x", "--method", "sgd"], "there is no method 'sgd'"),
         (["train", "--data", "x", "--method", "zeroshot"], "trains nothing"),
-        (["train", "--data", "x", "--backbone", "ViT-Z"], "open_clip has no model 'ViT-Z'"),
+        (["train", "--data", "digits", "--model", "ViT-Z"], "open_clip has no model 'ViT-Z'"),
+        (["train", "--data", "x", "--split-file", "y.json"], "y.json is not a split file"),
+        (["train", "--data", "digits", "--classes", "names.txt"], "2 class names for 10 classes"),
+        (["train", "--data", "digits", "--classes", "y.txt"], "cannot read the class names in y.t"),
         (["train", "--data", "x", "--dtype", "int8"], "dtype 'int8' is not known"),
         (["eval", "nowhere"], "not the folder of a finished training run"),
         (["demo", "--device", "tpu"], "device 'tpu' is not here"),
@@ -178,6 +222,7 @@ def test_bad_input_is_one_line_and_code_2(run_cli: Run, argv: list[str], message
         "one.csv": "score,correct,is_base\n0.2,1,1\n0.1,1,1\n",
         "ok.csv": "score,correct,is_base\n0.2,1,1\n0.3,1,1\n0.1,1,0\n0.25,0,0\n",
         "a.xlsx": "x",
+        "names.txt": "one\ntwo\n",
     }.items():
         Path(name).write_text(text)
     shown = run_cli(main, *argv)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from openworld_auc import GMoP, GMoPConfig, GMoPTrainer, PromptLearner
-from openworld_auc.backbone import HFBackbone, OpenClipBackbone, as_backbone
+from openworld_auc.backbone import HFBackbone, OpenClipBackbone, as_backbone, load_backbone
 from openworld_auc.fusion import erf_scores
 from openworld_auc.prompts import encode_prompts, template_features
 from openworld_auc.train import TrainConfig, evaluation, extract_features
@@ -132,7 +132,7 @@ def test_a_prefix_that_is_computed_once_changes_nothing(kind, chunk) -> None:
 # torch.compile looks at .grad of its arguments and hides the warning, but not as an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize(("prefix_cache", "chunk"), [(False, None), (True, 4)])
+@pytest.mark.parametrize(("prefix_cache", "chunk"), [(False, None), (True, 10)])
 def test_training_is_the_same_compiled_and_with_shared_prefixes(backbone, prefix_cache, chunk):
     features = batch()
     contexts = []
@@ -331,6 +331,32 @@ def test_detectors_at_test_time(backbone) -> None:
     assert torch.allclose(readings["mcm"], p[:, :5].amax(1), atol=1e-5)
 
 
+def test_some_of_the_trained_classes_keep_their_parts(backbone, tmp_path) -> None:
+    f, y = batch()
+    model = GMoP(backbone, BASE, config=GMoPConfig(n_ctx_detector=3))
+    some = [3, 0, 4]  # in another order; detector 0 counts the first two as new
+    names = [BASE[c] for c in some]
+    model.set_classes(NEW, names).eval()
+    output = model(features=f)
+    expected = []
+    for k in range(3):
+        [text] = encode_prompts(backbone, [(model.detectors[k], names + NEW)])
+        p = (backbone.scale * f @ text.T).softmax(1)
+        expected.append(p[:, [i for i, c in enumerate(some) if c % 3 != k]].amax(1).detach())
+    assert torch.allclose(torch.stack(output.detector_scores), torch.stack(expected), atol=1e-5)
+    own = (backbone.scale * f @ template_features(backbone, NEW).T).detach()
+    assert torch.allclose(output.new_logits, own, atol=1e-4)
+    with pytest.raises(ValueError, match="some of the trained classes"):
+        model.loss(f, y)
+    model.save_pretrained(tmp_path)
+    loaded = GMoP.from_pretrained(tmp_path, backbone, template="a photo of the {}")
+    assert (loaded.base_classes, loaded.config.template) == (BASE, "a photo of the {}")
+    again = loaded.set_classes(NEW, names)(features=f)
+    assert torch.equal(again.base_score, output.base_score)
+    with pytest.raises(ValueError, match="knows only pseudo-new ones"):
+        model.set_classes(NEW, [BASE[0], BASE[3]])
+
+
 def test_class_order_and_stages(backbone) -> None:
     f, _ = batch()
     config = GMoPConfig(detector="mcm", template="a photo of the {}")
@@ -525,6 +551,42 @@ def test_blocks_of_another_make_share_no_prefix() -> None:
     with pytest.raises(InputError, match="prefix_cache is for text towers of plain attention"):
         GMoP(model, BASE, config=GMoPConfig(prefix_cache=True), tokenizer=tokenizer)
     GMoP(model, BASE, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "CLIP eos", "CustomTextCLIP", "HF", "HF old"])
+def test_a_tokenizer_that_ends_elsewhere_is_refused(kind) -> None:
+    model, tokenizer, _ = BACKBONES[kind]()
+    as_backbone(model, tokenizer)
+
+    def other(texts):  # ends texts with another token, as another model's tokenizer would
+        ids = tokenizer(texts)
+        return torch.where(ids == tokenizer.eot_id, 2, ids)
+
+    with pytest.raises(ValueError, match="does not read where the tokenizer ends a text"):
+        as_backbone(model, other)
+
+
+def test_weights_get_the_activation_they_were_trained_with(monkeypatch) -> None:
+    import open_clip
+
+    model, tokenizer, _ = open_clip_model()
+    asked = []
+
+    def create(name, pretrained):
+        asked.append((name, pretrained))
+        return model, None, torch.tensor
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: tokenizer)
+    with pytest.warns(UserWarning, match="openai were trained with QuickGELU: taking ViT-B-16-qui"):
+        assert load_backbone("ViT-B-16", "openai")[1] is torch.tensor
+    load_backbone("ViT-B-16-quickgelu", "openai")
+    load_backbone("ViT-B-16", "laion2b_s34b_b88k")
+    assert asked == [
+        ("ViT-B-16-quickgelu", "openai"),
+        ("ViT-B-16-quickgelu", "openai"),
+        ("ViT-B-16", "laion2b_s34b_b88k"),
+    ]
 
 
 def test_models_that_are_read_elsewhere_are_refused() -> None:

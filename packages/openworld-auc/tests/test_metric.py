@@ -8,7 +8,6 @@ from torchmetrics import MetricCollection
 
 from openworld_auc import OpenworldAUC, OpenworldMetrics, openworld_auc, openworld_auc_binned
 from openworld_auc.binned import bin_edges
-from shared_core.testing import run_gloo
 
 
 def feed(metric, case, sizes=(1, 7, 3, 11, 200)):
@@ -93,7 +92,8 @@ def test_own_edges_take_any_scores(tools) -> None:
     assert bin_edges(torch.tensor([1, 2])).dtype == torch.float64
 
 
-def in_processes(rank, world):
+def check_shards(rank):
+    """In one of two processes; `test_parallel` starts them."""
     g = torch.Generator().manual_seed(0)
     scores = torch.randint(20, (101,), generator=g).double() / 20
     whole = scores, torch.rand(101, generator=g) < 0.7, torch.rand(101, generator=g) < 0.5
@@ -109,10 +109,6 @@ def in_processes(rank, world):
             values.append(metric.compute())
         assert values[0] == values[1]["openworld_auc"] == expected
         assert values[2] == openworld_auc_binned(*whole, bins=edges).value
-
-
-def test_processes_with_unequal_and_empty_shards(tmp_path) -> None:
-    run_gloo(in_processes, tmp_path)
 
 
 @pytest.mark.usefixtures("without_type_checks")

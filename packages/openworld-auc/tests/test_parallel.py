@@ -1,7 +1,8 @@
-"""Two processes end in what one ends in: features, training, and the command."""
+"""Two processes end in what one ends in: metrics, features, training, and the command."""
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,10 @@ def joint_loss(x, positive, weights, surrogate, **options):
 
 
 def in_processes(rank, world, folder, argv):
+    sys.path.insert(0, str(Path(__file__).parent))
+    from test_metric import check_shards
+
+    check_shards(rank)  # unequal and empty shards of the torchmetrics classes
     rows = torch.arange(7.0)[:, None][parallel.share(7)].requires_grad_()
     assert parallel.gather(rows, 7).flatten().tolist() == list(range(7))
     # One row for two processes: both have it, and its gradient is not counted twice.

@@ -10,6 +10,7 @@ from internet_neg.config import InterNegConfig
 from internet_neg.encoders import DualEncoder
 from internet_neg.errors import InterNegError
 from internet_neg.proxies import ProxyBuilder, embed_images, stream_proxies
+from internet_neg.transforms import load_transform
 from internet_neg.vocabulary import Vocabulary
 
 __all__ = ["resolve_proxies", "resolve_vocabulary"]
@@ -55,7 +56,17 @@ def resolve_proxies(
             stacklevel=4,
         )
         is_embedded = isinstance(unlabelled, Tensor) and unlabelled.ndim == 2
-        v = unlabelled if is_embedded else embed_images(encoder, unlabelled)
+        transform = load_transform(config.transform, encoder)
+        v = unlabelled
+        if not is_embedded:
+            v = embed_images(encoder, unlabelled, transform=transform)
         return stream_proxies(v, T, encoder.scale)
-    builder = ProxyBuilder(encoder, classnames, shots=config.shots, seed=config.seed, sync=sync)
+    builder = ProxyBuilder(
+        encoder,
+        classnames,
+        shots=config.shots,
+        transform=config.transform,
+        seed=config.seed,
+        sync=sync,
+    )
     return builder.build(source)

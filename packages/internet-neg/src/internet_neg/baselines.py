@@ -4,7 +4,7 @@ MCM and NegLabel look at no image of the known classes: their `fit` accepts the 
 that all methods can be run alike, and does not use them.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ __all__ = ["MCMDetector", "NegLabelDetector"]
 class NegLabelDetector(InterNegDetector):
     """NegLabel (Jiang et al., ICLR 2024): negatives far from the class texts; no stream.
 
-    Its own settings are ``InterNegConfig(negatives=10_000, groups=100)``.
+    Its own settings are ``InterNegConfig(negatives=10_000, groups=100)``; the percentile is that of
+    ``percentile_mode``.
 
     Example:
         >>> from internet_neg import InterNegConfig
@@ -33,7 +34,6 @@ class NegLabelDetector(InterNegDetector):
     """
 
     title = "NegLabel"
-    percentile_mode: Literal["linear", "index"] = "linear"
 
     def _choose(
         self, nouns: Tensor, adjectives: Tensor, T: Tensor, P: Tensor
@@ -43,7 +43,7 @@ class NegLabelDetector(InterNegDetector):
             adjectives,
             T,
             self.config.negatives,
-            percentile_mode=self.percentile_mode,
+            percentile_mode=self.config.percentile_mode,
             chunk=self.config.chunk_size,
         )
 

@@ -15,9 +15,9 @@ from internet_neg.config import InterNegConfig
 from internet_neg.detector import InterNegDetector
 from internet_neg.errors import InterNegError
 from internet_neg.evaluate import StreamResult, compare, read_imglist
-from internet_neg.models import load_transform
 from internet_neg.presets import NEGLABEL, ImageList, get_benchmark, imagenet_classnames
 from internet_neg.proxies import embed_images
+from internet_neg.transforms import load_transform
 from internet_neg.vocabulary import Vocabulary
 
 __all__ = [
@@ -46,7 +46,6 @@ class Settings:
         config: Of InterNeg.
         neglabel: Of NegLabel.
         batch_size: Images of the stream at a time.
-        transform: ``clip`` or ``openood``.
     """
 
     classnames: list[str]
@@ -56,7 +55,6 @@ class Settings:
     config: InterNegConfig
     neglabel: InterNegConfig
     batch_size: int = 256
-    transform: str = "clip"
 
     @classmethod
     def from_preset(cls, name: str, data_root: Path | None) -> "Settings":
@@ -95,7 +93,6 @@ class Settings:
             benchmark.config,
             NEGLABEL,
             benchmark.batch_size,
-            benchmark.transform,
         )
 
     @classmethod
@@ -139,10 +136,16 @@ class Settings:
             config,
         )
 
-    def with_changes(self, *, batch_size: int, **changes: Any) -> "Settings":
-        """The same with other settings of InterNeg."""
-        config = dataclasses.replace(self.config, **changes)
-        return dataclasses.replace(self, config=config, batch_size=batch_size)
+    def with_changes(
+        self, *, batch_size: int, percentile_mode: Any = "linear", **changes: Any
+    ) -> "Settings":
+        """The same with another percentile of NegLabel and other settings of InterNeg."""
+        return dataclasses.replace(
+            self,
+            config=dataclasses.replace(self.config, **changes),
+            neglabel=dataclasses.replace(self.neglabel, percentile_mode=percentile_mode),
+            batch_size=batch_size,
+        )
 
     def describe(self) -> dict[str, Any]:
         """The settings without the file names, JSON-ready."""
@@ -154,7 +157,6 @@ class Settings:
             "interneg": self.config.to_dict(),
             "neglabel": self.neglabel.to_dict(),
             "batch_size": self.batch_size,
-            "transform": self.transform,
         }
 
 
@@ -212,10 +214,10 @@ def prepare_benchmark(
             f"a known test image has label {wrong[0]}; accepted: 0 to {len(names) - 1}, in the "
             "order of the class names"
         )
-    transform = load_transform(settings.transform, encoder)
+    transform = load_transform(settings.config.transform, encoder)
 
     def embed(files: list[Any]) -> Tensor:
-        kept = None if cache is None else (cache, settings.transform)
+        kept = None if cache is None else (cache, settings.config.transform)
         return embed_images(encoder, files, transform=transform, cache=kept, sync=sync)
 
     source = {"features": embed(settings.shots[0]), "labels": torch.tensor(settings.shots[1])}

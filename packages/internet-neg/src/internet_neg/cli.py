@@ -69,6 +69,12 @@ Beta = Annotated[
 Cache = Annotated[
     Path, typer.Option("--cache", help="Folder that keeps text embeddings between runs.")
 ]
+Transform = Annotated[
+    str | None,
+    typer.Option(
+        "--transform", help="Of images: clip, the model's own, or openood.  [default: clip]"
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images at a time.", min=1)]
 
 CACHE = Path("runs/internet-neg/cache")
@@ -197,6 +203,7 @@ def negatives(
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Never learn from the stream.")
     ] = False,
+    transform: Transform = None,
     cache: Cache = CACHE,
     out: Out = None,
     seed: Seed = 0,
@@ -222,6 +229,7 @@ def negatives(
         groups=default_groups(groups, len(names)),
         beta=beta,
         text_only=text_only,
+        transform=transform or "clip",  # type: ignore[arg-type]  # checked there
         seed=seed,
     )
     vocabulary = read_vocabulary(vocab, wordnet_dir, exclude)
@@ -406,6 +414,14 @@ def evaluate(
     rank_by: Annotated[
         str, typer.Option("--rank-by", help="margin, or score (the published code's ties).")
     ] = "margin",
+    rescore: Annotated[
+        str,
+        typer.Option("--rescore", help="After gated images: batch, or accepted (Algorithm 1)."),
+    ] = "batch",
+    percentile_mode: Annotated[
+        str, typer.Option("--percentile-mode", help="Of NegLabel: linear, or index.")
+    ] = "linear",
+    transform: Transform = None,
     cache: Cache = CACHE,
     out: Out = None,
     seed: Seed = 0,
@@ -439,7 +455,14 @@ def evaluate(
         settings = Settings.from_sources(
             names, known, id_images, ood, negatives=count, groups=groups
         )
-    settings = settings.with_changes(beta=beta, seed=seed, batch_size=batch_size)
+    settings = settings.with_changes(
+        beta=beta,
+        seed=seed,
+        batch_size=batch_size,
+        rescore=rescore,
+        percentile_mode=percentile_mode,
+        transform=transform or settings.config.transform,
+    )
     if rank_by not in ("margin", "score"):
         raise InputError(f"--rank-by {rank_by!r}; accepted: margin, score")
     encoder = _encoder(model or ("vit-b16" if preset else None), pretrained, device)

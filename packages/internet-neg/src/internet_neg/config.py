@@ -32,6 +32,9 @@ class InterNegConfig:
             ``accepted`` only the images whose text entered the bank (Algorithm 1).
         dedup: How words are compared with class names to leave them out: ``casefold`` or ``exact``.
         text_only: Whether to do without the stream's extra negatives.
+        transform: Of images, when the detector embeds them: ``clip`` is the model's own,
+            ``openood`` OpenOOD's; see `internet_neg.transforms.load_transform`.
+        percentile_mode: Of NegLabel, ``linear`` or ``index``; see `neglabel_select`.
         filter_inverted: Whether inverted texts have to be admissible; False is an ablation.
         temperature: 1 / s. None takes the model's own scale.
         group_permute: Whether negatives are permuted before they are grouped.
@@ -65,6 +68,8 @@ class InterNegConfig:
     adjective_prompt: str = "This is a {} photo."
     rescore: Literal["batch", "accepted"] = "batch"
     dedup: Literal["casefold", "exact"] = "casefold"
+    transform: Literal["clip", "openood"] = "clip"
+    percentile_mode: Literal["linear", "index"] = "linear"
     text_only: bool = False
     filter_inverted: bool = True
     temperature: float | None = None

@@ -25,6 +25,7 @@ from internet_neg.inversion import InversionTemplates, imagenet_templates, inver
 from internet_neg.proxies import embed_images
 from internet_neg.score import Score, group_negatives, score_with_groups
 from internet_neg.selection import admissible, deviation, select_negatives
+from internet_neg.transforms import load_transform
 from internet_neg.vocabulary import Vocabulary
 from shared_core.data.prompts import fill
 from shared_core.device import select_dtype
@@ -466,7 +467,8 @@ class InterNegDetector:
             return images
         if self.encoder is None:
             raise InterNegError("without an encoder, give features in place of images")
-        return embed_images(self.encoder, images)
+        transform = load_transform(self.config.transform, self.encoder)
+        return embed_images(self.encoder, images, transform=transform)
 
     def _regroup(self) -> None:
         Z = torch.cat([self._N, self._bank.embeddings.to(self._N)])

@@ -72,7 +72,6 @@ class Benchmark:
         unknown: The sets of unknown images.
         config: Settings of the method.
         batch_size: Images at a time.
-        transform: ``openood`` resizes to 256 and crops 224; ``clip`` is the model's own.
         paper: AUROC and FPR95 that the paper reports, in percent; empty where it gives no sets.
     """
 
@@ -81,7 +80,6 @@ class Benchmark:
     unknown: dict[str, ImageList]
     config: InterNegConfig
     batch_size: int = 256
-    transform: str = "openood"
     paper: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -136,17 +134,20 @@ BENCHMARKS = {
         _KNOWN,
         _TRAIN,
         _sets("inaturalist", "sun", "places", "textures"),
-        InterNegConfig(groups=5),
+        InterNegConfig(groups=5, transform="openood"),
         paper=PAPER["InterNeg"],
     ),
     "imagenet-near": Benchmark(
-        _KNOWN, _TRAIN, _sets("ssb-hard", "ninco"), InterNegConfig(groups=1)
+        _KNOWN,
+        _TRAIN,
+        _sets("ssb-hard", "ninco"),
+        InterNegConfig(groups=1, transform="openood"),
     ),
     "imagenet-far": Benchmark(
         _KNOWN,
         _TRAIN,
         _sets("inaturalist", "textures", "openimage-o"),
-        InterNegConfig(groups=5),
+        InterNegConfig(groups=5, transform="openood"),
     ),
 }
 

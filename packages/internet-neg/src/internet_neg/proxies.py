@@ -15,6 +15,7 @@ from torch import Tensor
 from internet_neg._checks import check_embeddings, normalize
 from internet_neg._features import features_in_parts
 from internet_neg.errors import InterNegError
+from internet_neg.transforms import load_transform
 from shared_core.data.loading import ImageDataset
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ class ProxyBuilder:
         shots: Images of each class, at most, drawn with the seed; None takes all.
         augment: Random crops and flips, as the published code draws them; by default the images
             are preprocessed as in testing.
+        transform: ``clip`` or ``openood``; see `internet_neg.transforms.load_transform`.
         seed: Of the draws.
         batch_size: Images at a time.
         sync: See `embed_images`.
@@ -231,12 +233,14 @@ class ProxyBuilder:
         *,
         shots: int | None = 16,
         augment: bool = False,
+        transform: str = "clip",
         seed: int = 0,
         batch_size: int = 256,
         sync: bool = False,
     ) -> None:
         self.encoder, self.classnames = encoder, list(classnames)
         self.shots, self.augment, self.seed = shots, augment, seed
+        self._prepare = load_transform(transform, encoder)
         self.batch_size, self.sync = batch_size, sync
 
     def build(self, source: Any) -> Float[Tensor, "K D"]:
@@ -269,13 +273,13 @@ class ProxyBuilder:
         return class_proxies(features, labels, self.classnames)
 
     def _embed(self, images: list[Any]) -> Tensor:
-        transform = None
+        transform = self._prepare
         if images and isinstance(images[0], Tensor):
             images = torch.stack(images)  # type: ignore[assignment]
         elif self.augment:
 
             def transform(image: PIL.Image.Image) -> Tensor:
-                return self.encoder.preprocess(_random_crop(image, rng))
+                return self._prepare(_random_crop(image, rng))
 
             rng = random.Random(self.seed)
         return embed_images(

@@ -5,6 +5,7 @@ need neither library themselves. Where a sequence is read (its end token) is tak
 ids, never from embeddings.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -61,6 +62,7 @@ class _Backbone(nn.Module):
     context_length: int
     text_width: int
     has_start: bool
+    end_id: int | None
 
     def __init__(self, model: nn.Module, tokenizer: Callable[..., Any]) -> None:
         super().__init__()
@@ -82,17 +84,33 @@ class _Backbone(nn.Module):
         return cast(torch.device, self.model.logit_scale.device)
 
     def _look_at_tokenizer(self) -> None:
-        first = self.tokenize(["a", "the"])
-        self.has_start = bool(first[0, 0] == first[1, 0])
-        self.context_length = min(self.context_length, first.shape[1])
+        ids = self.tokenize(["a", "the", "a photo of the night"])
+        self.has_start = bool(ids[0, 0] == ids[1, 0])
+        self.context_length = min(self.context_length, ids.shape[1])
+        # A tower that reads another place than the end would give features of half a sentence.
+        read = ids[torch.arange(3, device=ids.device), self.end_index(ids)].tolist()
+        wanted = read[0] if self.reads_largest else self.end_id
+        if set(read) != {wanted}:
+            raise InputError(
+                "the text tower does not read where the tokenizer ends a text (it looks for "
+                f"{'the largest token' if self.reads_largest else f'token {self.end_id}'}); pass "
+                "the tokenizer that the model was trained with"
+            )
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "t context"]:
         """Token ids of texts."""
         return cast(Tensor, self.tokenizer(list(texts))).to(self.device)
 
-    def end_index(self, ids: Tensor) -> Tensor:
-        """Position at which each sequence is read."""
+    @property
+    def reads_largest(self) -> bool:
+        """Whether a sequence is read at its largest token id, rather than at the end id."""
         raise NotImplementedError
+
+    def end_index(self, ids: Int[Tensor, "t length"]) -> Int[Tensor, " t"]:
+        """Position at which each sequence is read."""
+        if self.reads_largest:
+            return ids.argmax(1)
+        return torch.eq(ids, cast(int, self.end_id)).int().argmax(1)
 
     def _blocks(self) -> list[Any] | None:
         """The text tower's blocks, taken apart; None if that cannot be."""
@@ -153,7 +171,7 @@ class OpenClipBackbone(_Backbone):
 
     Raises:
         InputError: If its text tower looks both ways or reads another place than the end token
-            (SigLIP, CoCa), or wraps a foreign model.
+            (SigLIP, CoCa), or wraps a foreign model; or if the tokenizer is another model's.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Callable[..., Any]) -> None:
@@ -189,11 +207,10 @@ class OpenClipBackbone(_Backbone):
         """Normalised float32 features."""
         return F.normalize(self.model.encode_image(images).float(), dim=-1)
 
-    def end_index(self, ids: Int[Tensor, "t length"]) -> Int[Tensor, " t"]:
-        """Position at which each sequence is read."""
-        if self.pool == "argmax":
-            return ids.argmax(1)
-        return torch.eq(ids, cast(int, self.end_id)).int().argmax(1)
+    @property
+    def reads_largest(self) -> bool:
+        """Whether the tower pools at the largest token id."""
+        return bool(self.pool == "argmax")
 
     def embed_tokens(self, ids: Int[Tensor, "t length"]) -> Float[Tensor, "t length W"]:
         """Token embeddings, without positions."""
@@ -233,6 +250,9 @@ class HFBackbone(_Backbone):
     Args:
         model: The model; it is frozen in place.
         tokenizer: A transformers tokenizer, or a callable from texts to ids [t, context].
+
+    Raises:
+        InputError: If the tokenizer does not end texts where the text tower reads them.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Callable[..., Any]) -> None:
@@ -262,11 +282,10 @@ class HFBackbone(_Backbone):
         pooled = self.model.vision_model(pixel_values=images).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
-    def end_index(self, ids: Int[Tensor, "t length"]) -> Int[Tensor, " t"]:
-        """Position at which each sequence is read."""
-        if self.end_id == 2:  # old configurations carry a wrong id; the end has the largest
-            return ids.argmax(1)
-        return torch.eq(ids, cast(int, self.end_id)).int().argmax(1)
+    @property
+    def reads_largest(self) -> bool:
+        """Whether the configuration is an old one with a wrong id; the end has the largest."""
+        return bool(self.end_id == 2)
 
     def embed_tokens(self, ids: Int[Tensor, "t length"]) -> Float[Tensor, "t length W"]:
         """Token embeddings, without positions."""
@@ -344,13 +363,27 @@ def load_backbone(
             f"open_clip has no model {name!r}; accepted: such as ViT-B-16-quickgelu, hf-hub:ID, "
             "or hf:ID for a transformers CLIPModel"
         )
+    if pretrained is not None and (open_clip.get_pretrained_cfg(name, pretrained) or {}).get(
+        "quick_gelu"
+    ):
+        faithful = f"{name}-quickgelu"
+        if "quickgelu" not in name and faithful in open_clip.list_models():
+            warnings.warn(
+                f"the weights {pretrained} were trained with QuickGELU: taking {faithful}",
+                stacklevel=2,
+            )
+            name = faithful
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, ValueError, OSError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"cannot load {name} ({pretrained}): {first}") from error
+        raise InputError(f"cannot load {name} ({pretrained}): {_reason(error)}") from error
     return OpenClipBackbone(model.to(device), tokenizer), transform
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what a library says."""
+    return (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
 
 
 def _load_hf(name: str, device: torch.device) -> tuple[Any, Callable[..., Tensor]]:
@@ -363,8 +396,7 @@ def _load_hf(name: str, device: torch.device) -> tuple[Any, Callable[..., Tensor
         tokenizer = AutoTokenizer.from_pretrained(name)
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"cannot load {name}: {first}") from error
+        raise InputError(f"cannot load {name}: {_reason(error)}") from error
 
     def transform(image: Any) -> Tensor:
         return cast(Tensor, processor(image, return_tensors="pt")["pixel_values"][0])

@@ -56,6 +56,10 @@ SplitFile = Annotated[
     Path | None,
     typer.Option("--split-file", help="A split_zhou_*.json, or csv; --data is its image folder."),
 ]
+Classes = Annotated[
+    Path | None,
+    typer.Option("--classes", help="File with a class name a line, in place of the data's own."),
+]
 Cache = Annotated[
     Path | None, typer.Option("--features-cache", help="Folder that keeps image features.")
 ]
@@ -152,6 +156,7 @@ def score(
     ci: Ci = "placement",
     by_class: ByClass = False,
     out: Out = None,
+    seed: Seed = 0,
     as_json: Json = False,
     plots: Plots = True,
 ) -> None:
@@ -163,6 +168,8 @@ def score(
 
     Example: openworld-auc score scores.csv --threshold 0.5
     """
+    import torch
+
     from openworld_auc import plots as pictures
     from openworld_auc.report import openworld_report
     from openworld_auc.scores_file import read_scores
@@ -181,9 +188,13 @@ def score(
         ci=ci,  # type: ignore[arg-type]
         classes=given.target if by_class else None,
         joint_correct=given.joint_correct,
+        generator=torch.Generator().manual_seed(seed),
     )
     run = RunFolder(out or Path("runs/openworld-auc/score") / file.stem)
-    run.write_config("openworld-auc score", {"file": str(file), "ci": ci, "threshold": threshold})
+    run.write_config(
+        "openworld-auc score",
+        {"file": str(file), "ci": ci, "threshold": threshold, "prior": prior, "seed": seed},
+    )
     if plots:
         run.save_figure("curve", pictures.curve_figure({file.stem: case}))
         run.save_figure("scores", pictures.histogram_figure(case))
@@ -228,7 +239,8 @@ def train(
     ] = None,
     method: Annotated[str, typer.Option("--method", help="gmop, gmop-official or coop.")] = "gmop",
     backbone: Annotated[
-        str, typer.Option("--backbone", help="open_clip architecture, hf-hub:ID, or hf:ID.")
+        str,
+        typer.Option("--model", "--backbone", help="open_clip architecture, hf-hub:ID, or hf:ID."),
     ] = "ViT-B-16-quickgelu",
     pretrained: Annotated[
         str | None, typer.Option("--pretrained", help="open_clip weights: a tag or a file.")
@@ -236,6 +248,7 @@ def train(
     test_data: TestData = None,
     test_split: TestSplit = "test",
     split_file: SplitFile = None,
+    classes: Classes = None,
     base: Annotated[
         int | None, typer.Option("--base", help="Number of base classes.  [default: half]")
     ] = None,
@@ -285,12 +298,13 @@ def train(
     result is that of one process.
 
     Example: openworld-auc train --preset oxford_pets --data pets/images
-    --split-file split_zhou_OxfordPets.json --backbone ViT-B-16-quickgelu --pretrained openai
+    --split-file split_zhou_OxfordPets.json --model ViT-B-16-quickgelu --pretrained openai
     """
     from dataclasses import asdict, replace
 
     from openworld_auc import plots as pictures
     from openworld_auc.backbone import load_backbone
+    from openworld_auc.evaluate import evaluate_models
     from openworld_auc.gmop import GMoP
     from openworld_auc.train import GMoPTrainer, extract_features
     from shared_core.checkpoints import check_same
@@ -310,8 +324,19 @@ def train(
         chosen = here.device
         kind = select_dtype(dtype, chosen)
         run = RunFolder(out or Path(f"runs/openworld-auc/train-{preset or method}"), resume=resume)
+        # Before the model, whose weights may have to be downloaded.
+        parts = _parts(
+            data,
+            base=base,
+            shots=shots,
+            seed=seed,
+            test_source=test_data,
+            test_split=test_split,
+            split_file=split_file,
+            classes=classes,
+        )
         clip, transform = load_backbone(backbone, pretrained, device=chosen)
-        parts = _parts(data, transform, base, shots, seed, test_data, test_split, split_file)
+        parts = parts.with_transform(transform)
         settings = {
             **asdict(model_config),
             **asdict(recipe),
@@ -322,6 +347,7 @@ def train(
             "test_data": test_data,
             "test_split": test_split,
             "split_file": None if split_file is None else str(split_file),
+            "classes": None if classes is None else str(classes),
             "base": len(parts.base_classes),
             "shots": shots,
             "seed": seed,
@@ -350,15 +376,10 @@ def train(
             return
         model.save_pretrained(run.path)
         run.save_figure("training", pictures.training_figure(history))
-        _test(
-            run,
-            {method: model},
-            features[1],
-            features[2],
-            as_json,
-            history=history,
-            seconds=seconds,
+        summary, rows = evaluate_models(
+            run, {method: model}, *features[1:], history=history, seconds=seconds
         )
+        show_result(summary, f"{format_table(rows)}\n\n{run.path}", as_json=as_json)
 
 
 @command(app, "eval")
@@ -366,6 +387,13 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
     data: Annotated[str | None, typer.Option("--data", help="Where the images are now.")] = None,
     test_data: TestData = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="Another benchmark, whose images --data names."),
+    ] = None,
+    test_split: TestSplit = "test",
+    split_file: SplitFile = None,
+    classes: Classes = None,
     ratios: Annotated[
         str, typer.Option("--ratios", help="Base to new, by commas, for the picture.")
     ] = "0.1,0.5,1,2,10",
@@ -377,10 +405,13 @@ def evaluate(
     workers: Workers = 0,
     features_cache: Cache = None,
     out: Out = None,
+    seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Test tuned prompts again, beside zero-shot CLIP or other runs, with paired tests.
+
+    With --preset on another benchmark's images: prompts of imagenet on imagenet_v2 or imagenet_r.
 
     The picture of ratios shows overall accuracy at one threshold, which is fitted on the tested
     samples themselves (95 % of base samples above it): it flatters that accuracy, no other figure.
@@ -390,8 +421,9 @@ def evaluate(
     from openworld_auc import plots as pictures
     from openworld_auc._checks import check_choice
     from openworld_auc.backbone import load_backbone
+    from openworld_auc.evaluate import evaluate_models
     from openworld_auc.gmop import GMoP
-    from openworld_auc.presets import METHODS
+    from openworld_auc.presets import METHODS, load_preset
     from openworld_auc.report import fit_threshold
     from openworld_auc.train import evaluation, extract_features
     from shared_core.device import select_device, select_dtype
@@ -405,18 +437,25 @@ def evaluate(
     sweep = _numbers(ratios)
     chosen = select_device(device)
     kind = select_dtype(told["dtype"], chosen)
+    elsewhere = None if preset is None else load_preset(preset)
+    where: dict[str, Any]
+    if elsewhere is not None:
+        if data is None:
+            raise InputError(f"--preset {preset} reads images of your own: give --data")
+        where = {"base": elsewhere[0].base, "test_source": test_data, "test_split": test_split}
+        where |= {"split_file": split_file, "classes": classes, "test_only": True}
+    else:
+        where = {key: told[key] for key in ("base", "shots", "seed", "test_split")}
+        where |= {"test_source": test_data or told["test_data"]}
+        where |= {"split_file": split_file or told["split_file"]}
+        where |= {"classes": classes or told.get("classes")}
+    parts = _parts(data or told["data"], **where)
     clip, transform = load_backbone(told["backbone"], told["pretrained"], device=chosen)
-    model = GMoP.from_pretrained(folder, clip)
-    parts = _parts(
-        data or told["data"],
-        transform,
-        told["base"],
-        told["shots"],
-        told["seed"],
-        test_data or told["test_data"],
-        told["test_split"],
-        told["split_file"],
-    )
+    parts = parts.with_transform(transform)
+    template = None if elsewhere is None else elsewhere[1].model.template
+    model = GMoP.from_pretrained(folder, clip, template=template)
+    if elsewhere is not None:
+        model.set_classes(parts.new_classes, parts.base_classes)
     cache = features_cache or folder / "features"
     base, new = (
         extract_features(clip, part, cache=cache, workers=workers, dtype=kind)
@@ -428,17 +467,31 @@ def evaluate(
             config = replace(METHODS[name].model, template=model.config.template)
             other = GMoP(clip, parts.base_classes, config=config).set_classes(parts.new_classes)
         else:
-            other = GMoP.from_pretrained(name, clip)
+            other = GMoP.from_pretrained(name, clip, template=template)
+            if elsewhere is not None:
+                other.set_classes(parts.new_classes, parts.base_classes)
         models[Path(name).name] = other
     run = RunFolder(out or Path("runs/openworld-auc/eval") / folder.name)
     run.write_config(
         "openworld-auc eval",
-        {"folder": str(folder), "compare_to": compare_to, "ci": ci, "by_class": by_class},
+        {
+            **{"folder": str(folder), "compare_to": compare_to, "ci": ci, "by_class": by_class},
+            **{"preset": preset, "data": data, "seed": seed},
+        },
     )
     case = evaluation(model, base, new)
     threshold = fit_threshold(case[0], case[2], rule="tpr95")
     run.save_figure("ratios", pictures.ratio_figure(case, threshold, sweep))
-    _test(run, models, base, new, as_json, ci="bootstrap" if by_class else ci, by_class=by_class)
+    summary, rows = evaluate_models(
+        run,
+        models,
+        base,
+        new,
+        ci="bootstrap" if by_class else ci,  # type: ignore[arg-type]
+        by_class=by_class,
+        seed=seed,
+    )
+    show_result(summary, f"{format_table(rows)}\n\n{run.path}", as_json=as_json)
 
 
 @command(app)
@@ -512,70 +565,11 @@ def _numbers(text: str) -> list[float]:
     return values
 
 
-def _parts(data: str, transform: Any, base: Any, shots: int, seed: int, *rest: Any) -> Any:
-    from openworld_auc.data import load_openworld_data
+def _parts(data: str, *, classes: str | Path | None, **options: Any) -> Any:
+    from openworld_auc.data import load_openworld_data, read_names
 
-    test_data, test_split, split_file = rest
-    return load_openworld_data(
-        data,
-        transform=transform,
-        base=base,
-        shots=shots,
-        seed=seed,
-        test_source=test_data,
-        test_split=test_split,
-        split_file=split_file,
-    )
-
-
-def _test(
-    run: Any,
-    models: dict[str, Any],
-    base: Any,
-    new: Any,
-    as_json: bool,
-    *,
-    ci: Any = "placement",
-    by_class: bool = False,
-    history: Any = None,
-    seconds: float = 0.0,
-) -> None:
-    """Evaluate models on the same features, the first against the others, and show the result."""
-    import torch
-
-    from openworld_auc import plots as pictures
-    from openworld_auc.intervals import compare_openworld_auc
-    from openworld_auc.report import openworld_report
-    from openworld_auc.train import evaluation
-
-    cases = {name: evaluation(model, base, new) for name, model in models.items()}
-    classes = torch.cat([base[1], new[1]]) if by_class else None  # each domain draws its own
-    reports = {n: openworld_report(*case, ci=ci, classes=classes) for n, case in cases.items()}
-    run.save_figure("curves", pictures.curve_figure(cases))
-    first, *others = cases
-    run.save_figure("scores", pictures.histogram_figure(cases[first]))
-    tests = {n: compare_openworld_auc(cases[first], cases[n])._asdict() for n in others}
-    summary = {"test": {n: r.to_dict() for n, r in reports.items()}, "against": tests}
-    run.write_metrics({**summary, "history": history}, timing={"training_seconds": seconds})
-    rows = [
-        {
-            "method": name,
-            **{
-                short: round(100 * getattr(r, key), 2)
-                for short, key in (
-                    ("base", "base_acc"),
-                    ("new", "new_acc"),
-                    ("HM", "hm"),
-                    ("AUROC", "auroc"),
-                    ("OpenworldAUC", "openworld_auc"),
-                )
-            },
-            "interval": f"{100 * (r.low or 0):.2f}-{100 * (r.high or 0):.2f}",
-            "p": f"{tests[name]['p_value']:.2g}" if name in tests else "",
-        }
-        for name, r in reports.items()
-    ]
-    show_result(summary, f"{format_table(rows)}\n\n{run.path}", as_json=as_json)
+    names = None if classes is None else read_names(classes)
+    return load_openworld_data(data, class_names=names, **options)
 
 
 def main(argv: list[str] | None = None) -> int:

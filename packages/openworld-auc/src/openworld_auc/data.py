@@ -12,7 +12,14 @@ from torch.utils.data import Dataset
 from shared_core.data.loading import ImageDataset, load_images
 from shared_core.errors import InputError
 
-__all__ = ["OpenworldData", "Part", "few_shots", "load_openworld_data", "read_split_file"]
+__all__ = [
+    "OpenworldData",
+    "Part",
+    "few_shots",
+    "load_openworld_data",
+    "read_names",
+    "read_split_file",
+]
 
 
 class Part(Dataset[tuple[Any, int]]):
@@ -61,6 +68,12 @@ class OpenworldData(NamedTuple):
     new_classes: list[str]
     manifest: dict[str, list[int]]
 
+    def with_transform(self, transform: Callable[[Any], Any]) -> "OpenworldData":
+        """The same, with `transform` applied to each image: a backbone may come after the data."""
+        for part in (self.train, self.base, self.new):
+            part.data.transform = transform
+        return self
+
 
 def few_shots(targets: Sequence[int], classes: int, shots: int, seed: int) -> list[list[int]]:
     """Which images of each class are trained on.
@@ -95,6 +108,25 @@ def few_shots(targets: Sequence[int], classes: int, shots: int, seed: int) -> li
         enough = len(items) >= shots
         chosen.append(draw.sample(items, shots) if enough else draw.choices(items, k=shots))
     return chosen
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Class names, one a line; blank lines do not count.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: If it cannot be read or is empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the class names in {path}: {error}") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"there is no class name in {path}; give one a line")
+    return names
 
 
 def read_split_file(
@@ -169,13 +201,15 @@ class _Files(Sequence[Any]):
 def load_openworld_data(
     source: str,
     *,
-    transform: Callable[[Any], Any],
+    transform: Callable[[Any], Any] | None = None,
     base: int | None = None,
     shots: int = 16,
     seed: int = 1,
     test_source: str | None = None,
     test_split: str = "test",
     split_file: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    test_only: bool = False,
 ) -> OpenworldData:
     """Load a data set, take its first classes as base ones and few shots of them to train on.
 
@@ -189,6 +223,10 @@ def load_openworld_data(
         test_source: Test images, if they are elsewhere.
         test_split: The split to test on.
         split_file: A file for `read_split_file`; `source` is then its folder of images.
+        class_names: What the classes are called, in the order of their labels, in place of the
+            data's own names: folders of ImageNet are called n01440764, which says nothing to CLIP.
+        test_only: Whether `train` stays empty, as for data that prompts of other data are tested
+            on; then no training images are needed.
 
     Raises:
         InputError: If data cannot be read, or there are no new or no base classes.
@@ -196,17 +234,21 @@ def load_openworld_data(
     if split_file is not None:
         train, test = read_split_file(split_file, source, transform)
     else:
-        train = load_images(source, split="train", transform=transform)
         test = load_images(test_source or source, split=test_split, transform=transform)
+        train = test if test_only else load_images(source, split="train", transform=transform)
     if train.class_names != test.class_names:
         raise InputError("training and test images have different classes, or in another order")
     names = train.class_names
+    if class_names is not None:
+        if len(class_names) != len(names):
+            raise InputError(f"there are {len(class_names)} class names for {len(names)} classes")
+        names = list(class_names)
     count = (len(names) + 1) // 2 if base is None else base
     if not 1 <= count < len(names):
         raise InputError(
             f"{count} of {len(names)} classes are base; accepted: at least one base and one new"
         )
-    chosen = few_shots(train.targets, count, shots, seed)
+    chosen = [] if test_only else few_shots(train.targets, count, shots, seed)
     on_base = [i for i, label in enumerate(test.targets) if label < count]
     on_new = [i for i, label in enumerate(test.targets) if label >= count]
     if not on_base or not on_new:

@@ -23,7 +23,7 @@ from openworld_auc._checks import check_choice
 from openworld_auc.backbone import as_backbone
 from openworld_auc.fusion import erf_scores
 from openworld_auc.losses import SURROGATES, Surrogate, gated_pairwise_auc_loss
-from openworld_auc.partition import pseudo_partition
+from openworld_auc.partition import Partition, pseudo_partition
 from openworld_auc.prompts import (
     Fixed,
     PromptLearner,
@@ -153,6 +153,7 @@ class GMoP(nn.Module):
     """
 
     _columns: Tensor
+    _parts: list[Partition]
 
     CONFIG, WEIGHTS = "gmop.json", "contexts.safetensors"
 
@@ -168,6 +169,8 @@ class GMoP(nn.Module):
         self.config = config = config or GMoPConfig()
         self.backbone = as_backbone(backbone, tokenizer)
         self.base_classes = clean_names(base_classes, "base class")
+        # The names that `partition` counts.
+        self._parted = self.base_classes
         self.new_classes: list[str] = []
         generator = torch.Generator().manual_seed(config.seed)
         self.classifier = PromptLearner(
@@ -187,6 +190,7 @@ class GMoP(nn.Module):
                 PromptLearner(self.backbone, config.n_ctx_detector, generator=generator)
                 for _ in range(config.k)
             )
+        self._parts = self.partition
         # Of each base class, its column in each detector's softmax; -1 where it is pseudo-new.
         columns = torch.full((len(self.partition), len(self.base_classes)), -1)
         for row, part in zip(columns, self.partition, strict=True):
@@ -213,22 +217,29 @@ class GMoP(nn.Module):
 
         Args:
             new: Names of the new classes.
-            base: Other names of the base classes, if wanted (contexts fit any names). Tuned
-                detectors keep their parts of the list by position.
+            base: Other base classes, if wanted (contexts fit any names). Of the trained names, some
+                in any order, each stays in its part of the tuned detectors; as many other names
+                take the parts by position.
 
         Raises:
-            InputError: If names are empty, repeated, or in both lists.
+            InputError: If names are empty, repeated, or in both lists; if the detectors' parts do
+                not fit.
         """
         base = self.base_classes if base is None else clean_names(base, "base class")
         new = clean_names(new, "new class")
         both = sorted(set(base) & set(new))
         if both:
             raise InputError(f"{both[0]!r} is in both lists; a class is base or new")
-        if self.partition and len(base) != len(self.base_classes):
+        by_name = set(base) <= set(self._parted)
+        if self.partition and not by_name and len(base) != len(self._parted):
             raise InputError(
                 f"there are {len(base)} base names, but the detectors part "
-                f"{len(self.base_classes)} of them; give as many"
+                f"{len(self._parted)} of them; give as many, or some of the same"
             )
+        if by_name:
+            self._parts = _parts_of(self.partition, self._parted, base)
+        else:
+            self._parts, self._parted = self.partition, base
         if base != self.base_classes:
             self._zero_shot = template_features(self.backbone, base, self.config.template)
         self.base_classes, self.new_classes = base, new
@@ -281,6 +292,11 @@ class GMoP(nn.Module):
             InputError: If a label is out of range or the shapes do not fit.
         """
         config = self.config
+        if self.base_classes != self._parted:
+            raise InputError(
+                "the model is set to some of the trained classes, or to another order; train with "
+                "those it was made for"
+            )
         if targets.shape != features.shape[:1]:
             raise InputError(f"there are {len(features)} features, but {len(targets)} labels")
         count = len(self.base_classes)
@@ -416,7 +432,7 @@ class GMoP(nn.Module):
         texts = self._texts()
         scores = tuple(
             self._detector_score(self._logits(features, text), part)
-            for part, text in zip(self.partition, texts["detectors"], strict=True)
+            for part, text in zip(self._parts, texts["detectors"], strict=True)
         )
         if scores:
             stacked = torch.stack(scores)
@@ -506,14 +522,19 @@ class GMoP(nn.Module):
             save_file(self.contexts(), temporary)
         settings = {
             "config": asdict(self.config),
-            "base_classes": self.base_classes,
+            "base_classes": self._parted,
             "new_classes": self.new_classes,
         }
         write_json(target / self.CONFIG, settings)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, backbone: Any, *, tokenizer: Callable[..., Any] | None = None
+        cls,
+        folder: str | Path,
+        backbone: Any,
+        *,
+        tokenizer: Callable[..., Any] | None = None,
+        template: str | None = None,
     ) -> "GMoP":
         """Load what `save_pretrained` wrote onto a backbone of the same kind.
 
@@ -521,6 +542,7 @@ class GMoP(nn.Module):
             folder: The folder.
             backbone: As in the constructor.
             tokenizer: The model's tokenizer.
+            template: Another hand-written prompt than the saved one.
 
         Raises:
             InputError: If files are missing or damaged, or do not fit the backbone.
@@ -529,7 +551,8 @@ class GMoP(nn.Module):
         try:
             settings = json.loads((source / cls.CONFIG).read_text(encoding="utf-8"))
             tensors = load_file(source / cls.WEIGHTS)
-            config = GMoPConfig(**settings["config"])
+            changes = {} if template is None else {"template": template}
+            config = GMoPConfig(**{**settings["config"], **changes})
             base, new = settings["base_classes"], settings["new_classes"]
         except FileNotFoundError as error:
             raise InputError(
@@ -540,6 +563,26 @@ class GMoP(nn.Module):
         model = cls(backbone, base, config=config, tokenizer=tokenizer)
         model.load_contexts(tensors)
         return model.set_classes(new).eval()
+
+
+def _parts_of(
+    partition: Sequence[Partition], parted: Sequence[str], names: Sequence[str]
+) -> list[Partition]:
+    """The parts of some of the classes, by their places among `names`."""
+    place = {name: index for index, name in enumerate(names)}
+    found = []
+    for part in partition:
+        kept = (
+            tuple(place[parted[c]] for c in side if parted[c] in place)
+            for side in (part.pseudo_base, part.pseudo_new, part.vocabulary)
+        )
+        found.append(Partition(*kept))
+        if not found[-1].pseudo_base:
+            raise InputError(
+                f"of {len(names)} base classes a detector knows only pseudo-new ones; give more of "
+                "the classes it was trained with"
+            )
+    return found
 
 
 def _compiled(backbone: Any, backend: bool | str) -> SimpleNamespace:

@@ -211,6 +211,7 @@ def openworld_report(
     ci: Literal["placement", "bootstrap"] | None = None,
     classes: Shaped[Tensor, " n"] | None = None,
     joint_correct: Shaped[Tensor, " n"] | None = None,
+    generator: torch.Generator | None = None,
 ) -> OpenworldReport:
     """OpenworldAUC with its companions from the same three vectors.
 
@@ -226,6 +227,7 @@ def openworld_report(
         classes: Class of each sample; the bootstrap then draws whole classes.
         joint_correct: Whether one classifier that chooses among all classes is right, for
             `OpenworldReport.overall_acc_joint`.
+        generator: Of the bootstrap, on the CPU; by default one with seed 0.
 
     Raises:
         InputError: As `openworld_auc`, `fit_threshold` and `openworld_auc_ci`.
@@ -241,7 +243,9 @@ def openworld_report(
     samples = check_samples(scores, correct, is_base)
     values: dict[str, Any] = companions(samples)
     if ci is not None:
-        interval = openworld_auc_ci(scores, correct, is_base, method=ci, cluster=classes)
+        interval = openworld_auc_ci(
+            scores, correct, is_base, method=ci, cluster=classes, generator=generator
+        )
         values |= {"low": interval.low, "high": interval.high, "se": interval.se}
     if isinstance(threshold, str):
         warnings.warn(
