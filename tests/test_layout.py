@@ -169,6 +169,12 @@ def test_the_method_does_not_know_its_command_line(package: Package) -> None:
 
 
 @every_package
+def test_examples_stand_in_sections_that_the_site_shows_as_code(package: Package) -> None:
+    for file in python_files(package.source):
+        assert not re.search(r"^ *Example:$", file.read_text(encoding="utf-8"), re.MULTILINE), file
+
+
+@every_package
 def test_importing_a_package_costs_what_importing_torch_costs(package: Package) -> None:
     program = (
         "import sys, torch; before = set(sys.modules)\n"

@@ -32,7 +32,7 @@ def check_same(settings: Mapping[str, Any], folder: Path) -> None:
     Raises:
         InputError: Naming the first that differs, or if the file is damaged.
 
-    Example:
+    Examples:
         >>> check_same({"seed": 0}, getfixture("tmp_path"))
     """
     path = folder / "config.json"
@@ -68,7 +68,7 @@ def checkpoint_to_resume(
         InputError: If there is an earlier run and `resume` is false, if it had other settings, or
             if all its checkpoints are damaged.
 
-    Example:
+    Examples:
         >>> checkpoint_to_resume(getfixture("tmp_path"), {"seed": 0}, resume=True)
     """
     found = list((folder / checkpoints).glob("checkpoint-*"))
@@ -95,7 +95,7 @@ def last_intact(found: list[Path]) -> Path | None:
     Raises:
         InputError: If some were whole once, but all of these are damaged.
 
-    Example:
+    Examples:
         >>> last_intact([]) is None
         True
     """
@@ -122,7 +122,7 @@ def whole_checkpoint_marker(base: type) -> Any:
         base: ``transformers.TrainerCallback``; handed in, because this package does without
             transformers.
 
-    Example:
+    Examples:
         >>> type(whole_checkpoint_marker(object)).__name__
         'WholeCheckpointMarker'
     """

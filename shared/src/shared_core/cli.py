@@ -71,7 +71,7 @@ def new_app(name: str, help: str) -> typer.Typer:
         name: The command, such as ``"focal-sam"``.
         help: One or two sentences: what the method does.
 
-    Example:
+    Examples:
         >>> new_app("focal-sam", "Sharpness-aware training.").info.name
         'focal-sam'
     """
@@ -91,7 +91,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[F], F]:
         app: The app.
         name: The command's name, if not the function's.
 
-    Example:
+    Examples:
         >>> app = new_app("tool", "A tool.")
         >>> @command(app)
         ... def hello(seed: Seed = 0) -> None:
@@ -127,7 +127,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[F], F]:
 def say(message: str) -> None:
     """Tell the person at the terminal something, on stderr.
 
-    Example:
+    Examples:
         >>> say("training 4 methods")
     """
     print(message, file=sys.stderr, flush=True)
@@ -139,7 +139,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: One mapping a row; the first row's keys are the columns.
 
-    Example:
+    Examples:
         >>> print(format_table([{"method": "SAM", "accuracy": 92.4}]))
         method  accuracy
         ------  --------
@@ -165,7 +165,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def show_result(summary: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print the result on stdout: `text` for a person, or `summary` as one JSON object.
 
-    Example:
+    Examples:
         >>> show_result({"accuracy": 0.5}, "accuracy 50 %", as_json=True)
         {"accuracy": 0.5}
     """
@@ -182,7 +182,7 @@ def run_app(app: typer.Typer, argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1, 2 or 130.
 
-    Example:
+    Examples:
         >>> run_app(new_app("tool", "A tool."), ["--help"]) # doctest: +ELLIPSIS
         Usage: tool [OPTIONS] COMMAND [ARGS]...
         ...

@@ -60,7 +60,7 @@ class WordTokenizer:
     Raises:
         InputError: If a word comes twice or is not one token, or the context is below 3.
 
-    Example:
+    Examples:
         >>> tokenizer = WordTokenizer.from_texts(["a red star", "a blue bar"], context_length=6)
         >>> tokenizer.words
         ['$', 'a', 'bar', 'blue', 'red', 'star']
@@ -121,7 +121,7 @@ def contrastive_loss(
         scale: Multiplies the cosines.
         targets: Which text belongs to each image. Every text has at least one image.
 
-    Example:
+    Examples:
         >>> eye = torch.eye(3)
         >>> value = contrastive_loss(eye, eye, torch.tensor(1.0), torch.arange(3))
         >>> round(value.item(), 4)  # log(e + 2) - 1
@@ -193,7 +193,7 @@ def train_contrastive(
         InputError: If lengths do not fit, there are fewer than two images, a number is out of
             range, or the loss is not finite any more.
 
-    Example:
+    Examples:
         >>> class Towers(torch.nn.Module):
         ...     def __init__(self, words):
         ...         super().__init__()
@@ -278,7 +278,7 @@ def captioned_shapes(
     Returns:
         Pixels from 0 to 1 and one caption each.
 
-    Example:
+    Examples:
         >>> images, captions = captioned_shapes(2)
         >>> images.shape, len(captions)
         (torch.Size([2, 3, 32, 32]), 2)

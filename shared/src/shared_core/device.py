@@ -45,7 +45,7 @@ def _available() -> list[str]:
 def own_gpu() -> int:
     """The number of this process's GPU; 0 unless a launcher started several on this machine.
 
-    Example:
+    Examples:
         >>> own_gpu()
         0
     """
@@ -67,7 +67,7 @@ def select_device(name: str = "auto") -> torch.device:
         InputError: If the name is not a device or the device is not there; the message lists
             what is there.
 
-    Example:
+    Examples:
         >>> select_device("cpu")
         device(type='cpu')
     """
@@ -90,7 +90,7 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
     Raises:
         InputError: If the name is none of the four.
 
-    Example:
+    Examples:
         >>> select_dtype("auto", torch.device("cpu"))
         torch.float32
     """
@@ -107,7 +107,7 @@ def autocast(
 ) -> contextlib.AbstractContextManager[Any, bool | None]:
     """Mixed precision for a half `dtype`; does nothing for float32.
 
-    Example:
+    Examples:
         >>> with autocast(torch.device("cpu"), torch.bfloat16):
         ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.bfloat16
@@ -128,7 +128,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     Raises:
         InputError: If the seed is out of range.
 
-    Example:
+    Examples:
         >>> seed_everything(0); a = torch.rand(())
         >>> seed_everything(0); bool(a == torch.rand(()))
         True
@@ -146,7 +146,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
 def synchronize(device: torch.device) -> None:
     """Wait until all queued work on `device` is done.
 
-    Example:
+    Examples:
         >>> synchronize(torch.device("cpu"))
     """
     if device.type == "cuda":
@@ -159,7 +159,7 @@ def synchronize(device: torch.device) -> None:
 class Timing:
     """Seconds of each repeat of a measured call.
 
-    Example:
+    Examples:
         >>> Timing([0.3, 0.1, 0.2]).median
         0.2
     """
@@ -197,7 +197,7 @@ def measure_time(
     Returns:
         One `Timing` per call, in order.
 
-    Example:
+    Examples:
         >>> [t] = measure_time(lambda: None, repeats=3)
         >>> len(t.seconds)
         3
@@ -243,7 +243,7 @@ def peak_memory(device: torch.device | None = None) -> Iterator[MemoryPeak]:
     On CUDA this is the allocator's peak. On the CPU it is the peak resident size of the process,
     which only Linux can reset; elsewhere ``bytes`` stays ``None``.
 
-    Example:
+    Examples:
         >>> with peak_memory(torch.device("cpu")) as peak:
         ...     x = torch.zeros(1000)
         >>> peak.bytes is None or peak.bytes >= 0
@@ -289,7 +289,7 @@ def environment(*distributions: str) -> dict[str, Any]:
         distributions: Further distributions whose versions to list, such as ``"transformers"``;
             absent ones are left out.
 
-    Example:
+    Examples:
         >>> environment()["versions"]["torch"] == torch.__version__
         True
     """

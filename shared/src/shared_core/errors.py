@@ -6,7 +6,7 @@ class InputError(ValueError):
 
     Command lines print the message (one or two lines) and exit with code 2.
 
-    Example:
+    Examples:
         >>> from shared_core.errors import InputError
         >>> issubclass(InputError, ValueError)
         True
@@ -21,7 +21,7 @@ class MissingExtraError(ImportError):
         extra: The name of the extra, such as ``"vision"``.
         needs: What the feature needs, such as ``"torchvision"``.
 
-    Example:
+    Examples:
         >>> from shared_core.errors import MissingExtraError
         >>> print(MissingExtraError("focal-sam", "vision", "torchvision"))
         torchvision is not installed: pip install 'focal-sam[vision]'

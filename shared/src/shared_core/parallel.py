@@ -36,7 +36,7 @@ class Processes:
 def is_parallel() -> bool:
     """Whether this process belongs to a process group of several.
 
-    Example:
+    Examples:
         >>> is_parallel()
         False
     """
@@ -46,7 +46,7 @@ def is_parallel() -> bool:
 def is_first() -> bool:
     """Whether this process is the one that writes files and reports.
 
-    Example:
+    Examples:
         >>> is_first()
         True
     """
@@ -66,7 +66,7 @@ def launched(device: torch.device | str) -> Processes:
     Raises:
         InputError: If the wish is not a device that is there.
 
-    Example:
+    Examples:
         >>> launched(torch.device("cpu"))
         Processes(rank=0, world=1, device=device(type='cpu'))
     """
@@ -93,7 +93,7 @@ def join_processes(device: torch.device | str) -> Iterator[Processes]:
     Yields:
         This process's place; alone if nothing launched it.
 
-    Example:
+    Examples:
         >>> with join_processes(torch.device("cpu")) as processes:
         ...     processes.first, processes.world
         (True, 1)

@@ -14,7 +14,7 @@ COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0
 def style() -> Iterator[None]:
     """Apply the house style to the figures made inside the block.
 
-    Example:
+    Examples:
         >>> import matplotlib
         >>> with style():
         ...     matplotlib.rcParams["savefig.dpi"]
@@ -51,7 +51,7 @@ def new_figure(rows: int = 1, columns: int = 1, **options: Any) -> Any:
     Returns:
         The pair ``(figure, axes)`` as `matplotlib.pyplot.subplots` gives it.
 
-    Example:
+    Examples:
         >>> figure, axes = new_figure(1, 2)
         >>> len(axes)
         2

@@ -46,7 +46,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A crash, an exception or a full disk leaves the old file as it was.
 
-    Example:
+    Examples:
         >>> folder = getfixture("tmp_path")
         >>> with atomic_path(folder / "a.txt") as temporary:
         ...     _ = temporary.write_text("whole")
@@ -75,7 +75,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def to_plain(value: Any) -> Any:
     """Make a value JSON-ready: tensors become lists, NaN and Inf become ``None``.
 
-    Example:
+    Examples:
         >>> to_plain({"loss": float("nan"), "counts": torch.tensor([2, 1])})
         {'loss': None, 'counts': [2, 1]}
     """
@@ -95,7 +95,7 @@ def to_plain(value: Any) -> Any:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically; tensors become lists, NaN and Inf become null.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "metrics.json"
         >>> write_json(path, {"accuracy": torch.tensor(0.5), "loss": float("nan")})
         >>> json.loads(path.read_text())
@@ -154,7 +154,7 @@ def save_state(path: str | os.PathLike[str], state: Any) -> None:
     Raises:
         TypeError: If the state holds anything else.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "state.safetensors"
         >>> save_state(path, {"step": 3, "moments": {0: torch.ones(2)}})
         >>> load_state(path)
@@ -172,7 +172,7 @@ def load_state(path: str | os.PathLike[str]) -> Any:
     Raises:
         InputError: If the file is missing, damaged or not such a file.
 
-    Example:
+    Examples:
         >>> load_state("nowhere.safetensors")
         Traceback (most recent call last):
         shared_core.errors.InputError: there is no checkpoint at nowhere.safetensors
@@ -194,7 +194,7 @@ def load_state(path: str | os.PathLike[str]) -> Any:
 def get_rng_state() -> dict[str, Any]:
     """The states of torch's generators (CPU and every CUDA device), for `save_state`.
 
-    Example:
+    Examples:
         >>> state = get_rng_state(); a = torch.rand(())
         >>> set_rng_state(state); bool(a == torch.rand(()))
         True
@@ -205,7 +205,7 @@ def get_rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what `get_rng_state` gave. CUDA states are restored for the devices present.
 
-    Example:
+    Examples:
         >>> set_rng_state(get_rng_state())
     """
     torch.set_rng_state(state["cpu"])
@@ -228,7 +228,7 @@ def progress(
         total: Number of steps, if the iterable has no length.
         unit: What one step is called.
 
-    Example:
+    Examples:
         >>> list(progress([1, 2], description="counting"))
         [1, 2]
     """
@@ -254,7 +254,7 @@ class RunFolder:
         InputError: If the path is a file or cannot be written, if it holds a checkpoint and
             `resume` is not set.
 
-    Example:
+    Examples:
         >>> run = RunFolder(getfixture("tmp_path") / "run")
         >>> run.write_config("focal-sam demo", {"seed": 0}); run.log(step=1, loss=0.5)
         >>> run.write_metrics({"accuracy": 0.9}, timing={"seconds": 1.0})

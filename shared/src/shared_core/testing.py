@@ -97,7 +97,7 @@ def examples(count: int, **options: Any) -> Any:
         count: Examples of an ordinary run.
         options: More of ``hypothesis.settings``.
 
-    Example:
+    Examples:
         >>> examples(30).max_examples
         30
     """

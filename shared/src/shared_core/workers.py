@@ -27,7 +27,7 @@ Told = Callable[..., None]
 def cores() -> int:
     """Processors that this process may use.
 
-    Example:
+    Examples:
         >>> cores() >= 1
         True
     """
@@ -54,7 +54,7 @@ def run_beside(
         InputError: If a job raised it.
         RuntimeError: If a job failed otherwise or its process died.
 
-    Example:
+    Examples:
         >>> run_beside(lambda job, told: told("half") or 2 * job, [3], print)
         0 half
         [6]

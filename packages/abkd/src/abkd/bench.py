@@ -74,7 +74,7 @@ def measure_side_by_side(
     Returns:
         ``seconds`` and ``peak_bytes`` above the level before, by name.
 
-    Example:
+    Examples:
         >>> found = measure_side_by_side({"sum": lambda: sum(range(9))},
         ...                              device=torch.device("cpu"), repeats=1)
         >>> list(found["sum"])
@@ -126,7 +126,7 @@ def measure_losses(
         ``losses``: median seconds and peak bytes above the level before, by name; ``ratios``;
         ``peers``: the libraries that were found.
 
-    Example:
+    Examples:
         >>> list(measure_losses(2, 8, 4, repeats=1)["ratios"])[0]
         'plain_ab over ab, time'
     """

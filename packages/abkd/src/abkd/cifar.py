@@ -83,7 +83,7 @@ def create_classifier(name: str, classes: int, channels: int = 3) -> nn.Module:
         InputError: If the name is not known.
         MissingExtraError: If the name is none of these and timm is not installed.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in create_classifier("resnet20", 100).parameters())
         278324
     """

@@ -70,7 +70,7 @@ class VisionSettings:
     def from_preset(cls, preset: Preset, **changes: Any) -> "VisionSettings":
         """The settings of a vision preset, with changes.
 
-        Example:
+        Examples:
             >>> from abkd.presets import get_preset
             >>> VisionSettings.from_preset(get_preset("cifar100-resnet56-resnet20")).kd_weight
             32.0
@@ -229,7 +229,7 @@ def distill_classifier(
         ``last`` and ``best`` test accuracy in percent (the paper reports the best, which picks the
         epoch on the test set; the last is the honest one), ``best_epoch`` and ``history``.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(16, 4), torch.arange(16) % 2
         >>> loader = DataLoader(TensorDataset(x, y), batch_size=8)
         >>> nets = nn.Linear(4, 2), nn.Linear(4, 2)

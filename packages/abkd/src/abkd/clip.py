@@ -256,7 +256,7 @@ class CLIPSettings:
     def from_preset(cls, preset: Preset, **changes: Any) -> "CLIPSettings":
         """The settings of a CLIP preset, with changes; the data are the user's.
 
-        Example:
+        Examples:
             >>> from abkd.presets import get_preset
             >>> CLIPSettings.from_preset(get_preset("clip-base-to-new"), data="digits").depth
             9

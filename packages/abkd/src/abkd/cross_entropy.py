@@ -61,7 +61,7 @@ def fused_linear_cross_entropy(
     Raises:
         InputError: As `abkd.distillation_loss`.
 
-    Example:
+    Examples:
         >>> h, W = torch.randn(5, 4), torch.randn(9, 4)
         >>> y = torch.tensor([0, 3, -100, 8, 2])
         >>> expected = torch.nn.functional.cross_entropy(h @ W.T, y)

@@ -99,7 +99,7 @@ class CompletionCollator:
         pad_id: The id to pad with.
         side: ``left`` or ``right``.
 
-    Example:
+    Examples:
         >>> collate = CompletionCollator(pad_id=0, side="left")
         >>> batch = collate([{"input_ids": [5, 6], "labels": [-100, 6]},
         ...                  {"input_ids": [7], "labels": [7]}])

@@ -77,7 +77,7 @@ def run_seed(
     Returns:
         Each of the measures, one value a pair, and the teacher's entropy.
 
-    Example:
+    Examples:
         >>> found = run_seed(0, [(1.0, 0.0)], DemoSettings(steps=2))
         >>> found["total variation"].shape
         torch.Size([1])

@@ -212,7 +212,7 @@ def ab_divergence(
         InputError: If shapes, classes, devices or dtypes do not fit, an exponent is not finite,
             the temperature is not positive, or the teacher requires gradients.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]])
         >>> ab_divergence(student, teacher, 0.2, 0.7)
         tensor(1.2293)
@@ -279,7 +279,7 @@ def ab_divergence_from_log_probs(
     Raises:
         InputError: As `ab_divergence`.
 
-    Example:
+    Examples:
         >>> lq, lp = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
         >>> ab_divergence_from_log_probs(lq, lp, 0.5, 0.5)  # 2 Σ (√p - √q)²
         tensor(0.1363)
@@ -332,7 +332,7 @@ def divergence(
     Raises:
         InputError: As `ab_divergence` and `divergence_terms`.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[0.0, 1.0]])
         >>> [round(divergence(n, z, -z).item(), 3) for n in ("fkl", "jsd", "tv", "hellinger")]
         [0.462, 0.111, 0.462, 0.113]

@@ -41,7 +41,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]
 def final_answer(text: str) -> str:
     r"""The answer a solution ends in: after ``####`` or "The answer is", else the last number.
 
-    Example:
+    Examples:
         >>> [final_answer(t) for t in ("2 + 2 = 4\n#### 1,004", "The answer is: $7.50.", "or 3")]
         ['1004', '7.5', '3']
     """
@@ -59,7 +59,7 @@ def exact_match(
 ) -> list[float]:
     """100 where the `final_answer` of a text is that of one of its references, else 0.
 
-    Example:
+    Examples:
         >>> exact_match(["so 5 it is", "none"], ["#### 5", "#### 6"])
         [100.0, 0.0]
     """

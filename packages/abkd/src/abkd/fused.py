@@ -248,7 +248,7 @@ def fused_linear_ab_divergence(
     Raises:
         InputError: As `abkd.distillation_loss`; also if hidden states and heads do not fit.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> h, W = torch.randn(6, 4), torch.nn.Parameter(torch.randn(11, 4))
         >>> out = fused_linear_ab_divergence(

@@ -81,7 +81,7 @@ def search_grid(
     Raises:
         InputError: If the sums or the step are not positive.
 
-    Example:
+    Examples:
         >>> search_grid((0.5,), 0.2)
         [(0.2, 0.3), (0.4, 0.1)]
     """

@@ -499,7 +499,7 @@ def distillation_loss(
         InputError: As `abkd.ab_divergence`; also for missing or impossible labels, per-token
             tensors or weights of a wrong shape, unknown names.
 
-    Example:
+    Examples:
         >>> student = torch.zeros(1, 2, 3, requires_grad=True)
         >>> teacher = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
         >>> out = distillation_loss(
@@ -533,7 +533,7 @@ class ABDivergenceLoss(nn.Module):
     Raises:
         InputError: If a setting is impossible.
 
-    Example:
+    Examples:
         >>> criterion = ABDivergenceLoss(0.8, 0.3, temperature=4.0, ce_weight=1.0)
         >>> out = criterion(torch.randn(8, 10), torch.randn(8, 10), torch.arange(8))
         >>> out.loss.shape, out.n_valid

@@ -244,7 +244,7 @@ def get_preset(name: str) -> Preset:
     Raises:
         InputError: If there is none of that name.
 
-    Example:
+    Examples:
         >>> get_preset("gpt2-small-dolly").alpha
         0.2
     """
@@ -256,7 +256,7 @@ def get_preset(name: str) -> Preset:
 def launch_files() -> dict[str, Path]:
     """The files for ``accelerate launch --config_file`` that come with the package.
 
-    Example:
+    Examples:
         >>> sorted(launch_files())
         ['ddp', 'fsdp2', 'zero1', 'zero2', 'zero3']
     """

@@ -93,7 +93,7 @@ def sparse_distillation_loss(
         InputError: As there; also for ids out of range or listed twice, log-probabilities whose
             masses exceed 1, and a temperature other than 1 unless ``renormalize``.
 
-    Example:
+    Examples:
         >>> lp = torch.randn(2, 5).log_softmax(-1)
         >>> z = torch.randn(2, 5, requires_grad=True)
         >>> top = lp.topk(2)
@@ -144,7 +144,7 @@ def sparse_ab_divergence(
 ) -> Tensor:
     """Mean D^(α,β) against a top-k teacher; see `sparse_distillation_loss`.
 
-    Example:
+    Examples:
         >>> lp = torch.tensor([[0.5, 0.3, 0.2]]).log()
         >>> z = torch.zeros(1, 3)
         >>> dense = sparse_ab_divergence(z, torch.tensor([[0, 1, 2]]), lp, alpha=1.0, beta=0.0)

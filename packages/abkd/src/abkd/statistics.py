@@ -49,7 +49,7 @@ class TokenStatistics:
         labels: As given.
         vocab_size: V, the classes that teacher and student share (no padding rows).
 
-    Example:
+    Examples:
         >>> lp = torch.tensor([[0.5, 0.25, 0.25]]).log()
         >>> seen = TokenStatistics(torch.tensor([0]), None, lp, lp)
         >>> seen.teacher_max_prob, seen.teacher_entropy

@@ -108,7 +108,7 @@ def ab_terms(
         D summed over classes ``[...]`` and w = ∂D/∂lq ``[..., V]``. Infinite where the divergence
         is: q = 0 < p with β ≤ 0, or p = 0 < q with α ≤ 0.
 
-    Example:
+    Examples:
         >>> lq, lp = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
         >>> value, w = ab_terms(lq, lp, 1.0, 0.0)  # forward KL: Σ p (lp - lq), w = q - p
         >>> value, w
@@ -331,7 +331,7 @@ def divergence_terms(
     Raises:
         InputError: If the name is unknown, an exponent is not finite, or `mix` not in (0, 1).
 
-    Example:
+    Examples:
         >>> lq, lp = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
         >>> divergence_terms("tv")(lq, lp)[0]
         tensor(0.4000)

@@ -98,7 +98,7 @@ class TrainSettings:
         Raises:
             InputError: If there is no such preset, or it is not one of language models.
 
-        Example:
+        Examples:
             >>> TrainSettings.from_preset("openllama-3b-dolly").lora_r
             16
         """

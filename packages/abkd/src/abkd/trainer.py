@@ -66,7 +66,7 @@ class DistillationConfig(TrainingArguments):
         topk_tail: What a top-k teacher's unlisted mass is: ``residual``, ``renormalize`` or
             ``ignore`` (see `abkd.sparse.sparse_distillation_loss`).
 
-    Example:
+    Examples:
         >>> DistillationConfig("out", alpha=0.1, beta=0.8, use_cpu=True).kd_weight
         1.0
     """

@@ -50,7 +50,7 @@ def dkd_loss(
     Raises:
         InputError: As `abkd.ab_divergence`; also with fewer than two classes.
 
-    Example:
+    Examples:
         >>> z, t = torch.randn(4, 10), torch.randn(4, 10)
         >>> dkd_loss(z, t, torch.arange(4), 0.8, 0.3).shape
         torch.Size([])
@@ -92,7 +92,7 @@ def lsd_loss(
     Raises:
         InputError: As `abkd.ab_divergence`; also with fewer than two classes.
 
-    Example:
+    Examples:
         >>> z = torch.randn(4, 10)
         >>> bool(lsd_loss(z, 3 * z + 1).abs() < 1e-6)  # location and scale have no part
         True
@@ -129,7 +129,7 @@ def ttm_loss(
     Raises:
         InputError: As `abkd.ab_divergence`; also if the exponent is not positive.
 
-    Example:
+    Examples:
         >>> z = torch.randn(4, 10)
         >>> bool(ttm_loss(0.1 * z, z, 0.8, 0.3).abs() < 1e-6)
         True
@@ -162,7 +162,7 @@ class DistillationLoss(nn.Module):
     Raises:
         InputError: If the criterion is unknown.
 
-    Example:
+    Examples:
         >>> criterion = DistillationLoss("lsd", 0.9, 0.3)
         >>> criterion(torch.randn(4, 10), torch.randn(4, 10), torch.arange(4)).shape
         torch.Size([])

@@ -16,7 +16,7 @@ __all__ = ["VocabularyMismatchError", "align_vocab"]
 class VocabularyMismatchError(InputError):
     """Teacher and student do not speak the same tokens.
 
-    Example:
+    Examples:
         >>> issubclass(VocabularyMismatchError, ValueError)
         True
     """
@@ -67,7 +67,7 @@ def align_vocab(
         VocabularyMismatchError: If the tokenizers give a token different ids (the first one is
             named), or the sizes differ with ``strict``.
 
-    Example:
+    Examples:
         >>> align_vocab(151936, 152064)
         151936
     """

@@ -64,7 +64,7 @@ def annotate(
     Raises:
         InputError: If the text is too short, or the weight is impossible.
 
-    Example:
+    Examples:
         >>> def model(ids): return torch.tensor([[9.0, 0.0], [0.0, 0.0]])[ids]
         >>> annotate(model, [0, 1, 0]).weight
         [0.0001, 0.5000]

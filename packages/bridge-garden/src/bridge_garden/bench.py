@@ -102,7 +102,7 @@ def measure_losses(
     Returns:
         ``seconds`` (medians) and ``peak_bytes`` above the level before, by name, and ratios.
 
-    Example:
+    Examples:
         >>> sorted(measure_losses(4, 11, 2, repeats=1)["seconds"])
         ['chain', 'hybrid', 'hybrid_risk', 'naive', 'naive_risk', 'soft']
     """

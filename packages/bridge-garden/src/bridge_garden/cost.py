@@ -69,7 +69,7 @@ def cost_account(
     Raises:
         InputError: If a number is not positive.
 
-    Example:
+    Examples:
         >>> cost_account(3e9, 7e9).ratio
         1.49
     """

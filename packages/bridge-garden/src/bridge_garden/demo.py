@@ -83,7 +83,7 @@ TITLES = {
 class DemoSettings:
     """Settings of the demo, the same for every method.
 
-    Example:
+    Examples:
         >>> DemoSettings().rounds
         14
     """
@@ -241,7 +241,7 @@ def run_seed(
     Raises:
         InputError: If a method is unknown or there is none.
 
-    Example:
+    Examples:
         >>> tiny = DemoSettings(rounds=2, sequences=50, steps=5, rollouts=50)
         >>> found = run_seed(0, ["soft", "hard"], tiny)
         >>> list(found)
@@ -352,7 +352,7 @@ def kappa_picture(seed: int, *, steps: int = 250, texts: int = 60, rounds: int =
         texts: Texts of the teacher whose states are asked about.
         rounds: Of the ledger; every reachable state is visited, so this is kept small.
 
-    Example:
+    Examples:
         >>> picture = kappa_picture(0, steps=2, texts=2, rounds=1)
         >>> len(picture.by_place) == len(picture.kinds)
         True

@@ -90,7 +90,7 @@ def exposure_from_losses(
     Raises:
         InputError: If a side has no position, or a loss is NaN.
 
-    Example:
+    Examples:
         >>> report = exposure_from_losses(torch.full((3, 2), 0.1), torch.full((3, 2), 0.4))
         >>> report.bias
         0.300
@@ -291,7 +291,7 @@ def exposure_bias(
     Raises:
         InputError: If prompts are missing or empty, or numbers are out of range.
 
-    Example:
+    Examples:
         >>> def model(ids): return torch.zeros(*ids.shape, 5)
         >>> exposure_bias(model, model, [[1], [2]], max_new_tokens=4).bias
         0.0

@@ -253,7 +253,7 @@ def hybrid_loss(
         InputError: If the weight leaves [0, 1] or is NaN, shapes or vocabularies differ, labels
             are missing or impossible, or a name is unknown.
 
-    Example:
+    Examples:
         >>> student = torch.zeros(1, 2, 3, requires_grad=True)
         >>> teacher = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
         >>> out = hybrid_loss(student, teacher, weight="confidence")
@@ -339,7 +339,7 @@ def fused_hybrid_loss(
     Raises:
         InputError: As `hybrid_loss`.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> h, W = torch.randn(2, 3, 4), torch.nn.Parameter(torch.randn(11, 4))
         >>> out = fused_hybrid_loss(h, W, torch.randn(2, 3, 8), torch.randn(11, 8))

@@ -157,7 +157,7 @@ def exact_kappa(
     Raises:
         InputError: If more than `limit` states are reachable, or a state is terminal.
 
-    Example:
+    Examples:
         >>> from bridge_garden.ledger import Ledger
         >>> ledger = Ledger(modulus=2, ops=(0.5, 0.5), fillers=2, fillers_per_round=1, rounds=1)
         >>> def even(states): return torch.zeros(len(states), ledger.vocab_size)
@@ -231,7 +231,7 @@ def exact_decomposition(
     Raises:
         InputError: If more than `limit` states are reachable.
 
-    Example:
+    Examples:
         >>> from bridge_garden.ledger import Ledger
         >>> ledger = Ledger(modulus=2, ops=(0.5, 0.5), fillers=2, fillers_per_round=1, rounds=1)
         >>> def teacher(states): return torch.stack([ledger.next_dist(s) for s in states]).log()
@@ -307,7 +307,7 @@ def split(scores: Float[Tensor, " n"], fraction: float = 0.2) -> Split:
     Raises:
         InputError: If the fraction is out of range or a score is NaN.
 
-    Example:
+    Examples:
         >>> split(torch.tensor([5.0, 1.0, 2.0, 2.0, 9.0]), 0.4)
         Split(bridges=[4, 0], gardens=[1, 2], bridge_ties=0, garden_ties=1)
     """

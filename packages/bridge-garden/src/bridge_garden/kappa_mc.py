@@ -78,7 +78,7 @@ def kappa_mc(
     Raises:
         InputError: If a position is outside the text, or a number below 1.
 
-    Example:
+    Examples:
         >>> def model(ids): return torch.zeros(*ids.shape, 6)
         >>> kappa_mc(model, model, [1, 2, 3], [2], horizon=2, n_rollouts=2)[0].score
         0.0

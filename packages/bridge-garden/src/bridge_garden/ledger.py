@@ -56,7 +56,7 @@ class Ledger:
     Raises:
         InputError: If a size is below 1 (2 for the digits) or `ops` are not probabilities.
 
-    Example:
+    Examples:
         >>> ledger = Ledger(rounds=2)
         >>> ledger.vocab_size, ledger.length
         (22, 10)
@@ -234,7 +234,7 @@ class WindowStudent(nn.Module):
         width: Of the hidden layers.
         embedding: Width of a token.
 
-    Example:
+    Examples:
         >>> student = WindowStudent(22)
         >>> student(torch.zeros(2, 5, dtype=torch.int64)).shape
         torch.Size([2, 5, 22])

@@ -66,7 +66,7 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
         InputError: If the file is missing, empty or not JSON lines.
         MissingExtraError: If a folder or a hub id is given without the extra ``data``.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "rows.jsonl"
         >>> _ = path.write_text('{"prompt": "1+1=", "completion": "2"}')
         >>> read_rows(str(path))
@@ -114,7 +114,7 @@ def prompt_of(row: dict[str, Any]) -> str:
     Raises:
         InputError: If the row has none.
 
-    Example:
+    Examples:
         >>> prompt_of({"question": "1+1=", "answer": "2"})
         '1+1='
     """

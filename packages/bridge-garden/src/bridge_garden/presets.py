@@ -59,7 +59,7 @@ class Preset:
     def describe(self) -> dict[str, Any]:
         """All settings as a dictionary that `json` can write.
 
-        Example:
+        Examples:
             >>> get_preset("qwen2.5-7b-3b").describe()["weight"]
             'confidence'
         """
@@ -158,7 +158,7 @@ def get_preset(name: str) -> Preset:
     Raises:
         InputError: If there is none; the message lists the names.
 
-    Example:
+    Examples:
         >>> get_preset("gemma-2-9b-2b").student
         'google/gemma-2-2b-it'
     """

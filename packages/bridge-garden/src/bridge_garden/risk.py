@@ -38,7 +38,7 @@ class Risk:
     Raises:
         InputError: If α is negative, γ not in (0, 1], or `terminal` unknown.
 
-    Example:
+    Examples:
         >>> Risk(alpha=0.05, gamma=0.9999, terminal="official").alpha
         0.05
     """
@@ -100,7 +100,7 @@ def risk_terms(
     Returns:
         Two tensors: (α/4)γ^i Δ² (0 where there is none), and the terminal terms.
 
-    Example:
+    Examples:
         >>> l, v = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
         >>> risk_terms(l, v, torch.tensor([[True, True]]), Risk(alpha=0.4))[0]
         tensor([[0.9000, 0.0000]])
@@ -154,7 +154,7 @@ def risk_penalty(
     Raises:
         InputError: As `Risk`; if shapes differ.
 
-    Example:
+    Examples:
         >>> logits = torch.zeros(1, 2, 4)
         >>> risk_penalty(logits, torch.tensor([[1, 2]]), alpha=0.4)  # 0.1 (log 4)² / 2
         tensor(0.0961)

@@ -28,7 +28,7 @@ class TrainSettings:
     Raises:
         InputError: If teacher, student or data are missing.
 
-    Example:
+    Examples:
         >>> TrainSettings("teacher", "student", "rows.jsonl").weight
         'confidence'
     """
@@ -87,7 +87,7 @@ def plan_training(
     Raises:
         InputError: If there is no such preset, or teacher, student or data are missing.
 
-    Example:
+    Examples:
         >>> settings, assumed = plan_training("qwen2.5-7b-3b", {"data": "rows.jsonl"})
         >>> settings.lora_r, len(assumed)
         (16, 2)

@@ -49,7 +49,7 @@ class HybridConfig(DistillationConfig):
     With `on_policy_fraction` above 0 (0.2 in the authors' on-policy runs, with λ = 0.1), some
     micro-batches hold the student's own responses; the hard label is then the teacher's argmax.
 
-    Example:
+    Examples:
         >>> HybridConfig("out", weight="static:0.2", hard_labels="labels", use_cpu=True).weight
         'static:0.2'
     """

@@ -38,7 +38,7 @@ __all__ = [
 class StepInfo:
     """Where training stands: optimizer steps done, and their total if known.
 
-    Example:
+    Examples:
         >>> StepInfo(5, total=100).step
         5
     """
@@ -65,7 +65,7 @@ class Static:
     Raises:
         InputError: If it is not within 0 and 1.
 
-    Example:
+    Examples:
         >>> lp = torch.tensor([[0.5, 0.5]]).log()
         >>> Static(0.2)(TokenStatistics(torch.tensor([0]), None, lp, lp), StepInfo())
         tensor([0.2000])
@@ -92,7 +92,7 @@ class Confidence:
     Raises:
         InputError: If `source` is neither.
 
-    Example:
+    Examples:
         >>> lp = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()
         >>> Confidence()(TokenStatistics(torch.arange(2), None, lp, lp), StepInfo())
         tensor([0.1000, 0.5000])
@@ -122,7 +122,7 @@ class Entropy:
     Raises:
         InputError: If `kind` is unknown or γ out of range.
 
-    Example:
+    Examples:
         >>> lp = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
         >>> Entropy()(TokenStatistics(torch.tensor([0]), None, lp, lp), StepInfo())
         tensor([0.5000])
@@ -160,7 +160,7 @@ class Curriculum:
     Raises:
         InputError: If either is not within 0 and 1; when called, if the total is unknown.
 
-    Example:
+    Examples:
         >>> lp = torch.tensor([[0.5, 0.5]]).log()
         >>> seen = TokenStatistics(torch.tensor([0]), None, lp, lp)
         >>> Curriculum(0.4, warmup=0.2)(seen, StepInfo(10, total=100))
@@ -190,7 +190,7 @@ class Curriculum:
 class WeightedSoftLabels:
     """λ = 1 - exp(-CE_student/CE_teacher) of the label (Zhou et al., ICLR 2021): a baseline.
 
-    Example:
+    Examples:
         >>> lq, lp = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
         >>> seen = TokenStatistics(torch.tensor([0]), torch.tensor([0]), lq, lp)
         >>> WeightedSoftLabels()(seen, StepInfo())
@@ -207,7 +207,7 @@ class WeightedSoftLabels:
 class Reversed:
     """1 - λ of another weight: the paper's ablation, which should do worse.
 
-    Example:
+    Examples:
         >>> lp = torch.tensor([[0.9, 0.1]]).log()
         >>> Reversed(Confidence())(TokenStatistics(torch.tensor([0]), None, lp, lp), StepInfo())
         tensor([0.9000])
@@ -224,7 +224,7 @@ class Reversed:
 class Product:
     """The product of two weights, such as a curriculum on top of the confidence.
 
-    Example:
+    Examples:
         >>> lp = torch.tensor([[0.9, 0.1]]).log()
         >>> seen = TokenStatistics(torch.tensor([0]), None, lp, lp)
         >>> Product(Static(0.5), Confidence())(seen, StepInfo())
@@ -253,7 +253,7 @@ def checked_weight(weight: Weight, seen: TokenStatistics, at: StepInfo) -> Tenso
     Raises:
         InputError: If λ has a wrong shape, is NaN, or leaves [0, 1].
 
-    Example:
+    Examples:
         >>> lp = torch.tensor([[0.9, 0.1]]).log()
         >>> seen = TokenStatistics(torch.tensor([0]), None, lp, lp)
         >>> checked_weight(lambda seen, at: seen.teacher_max_prob * 2, seen, StepInfo())
@@ -296,7 +296,7 @@ def weight_from_string(text: str) -> Weight:
     Raises:
         InputError: If it is none of these.
 
-    Example:
+    Examples:
         >>> weight_from_string("curriculum:0.5*confidence")
         Product(first=Curriculum(maximum=0.5, warmup=0.2), second=Confidence(source='max'))
     """

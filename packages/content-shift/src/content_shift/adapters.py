@@ -31,7 +31,7 @@ class LoRA(Technique):
         weight: Strength; 0 changes nothing.
         name: Of the adapter; by default made from the source.
 
-    Example:
+    Examples:
         >>> LoRA("horse.safetensors", weight=0.8).adapter[:5]
         'lora_'
     """

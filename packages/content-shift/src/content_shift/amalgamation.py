@@ -70,7 +70,7 @@ class Amalgamation(nn.Module):
         norm: ``batch`` as published; ``group`` (one group) does not look at other samples and
             allows batches of one.
 
-    Example:
+    Examples:
         >>> mix = Amalgamation(4).eval(); stack = torch.randn(2, 3, 4, 8, 8)
         >>> out = mix(stack)
         >>> out.features.shape, out.weights.shape
@@ -186,7 +186,7 @@ def amalgamation_loss(
         gamma1: g1; or a `GammaWalk`, as in the authors' code.
         gamma2: g2.
 
-    Example:
+    Examples:
         >>> out = Amalgamation(4, 1).eval()(torch.randn(2, 3, 4, 8, 8))
         >>> bool(amalgamation_loss(torch.tensor(1.0), out, 0.1) < 1)
         True
@@ -210,7 +210,7 @@ class GammaWalk:
         delta: Size of a move.
         seed: Of the walk (the published one has none).
 
-    Example:
+    Examples:
         >>> walk = GammaWalk(); out = Amalgamation(4, 1).eval()(torch.randn(2, 3, 4, 8, 8))
         >>> float(walk.term(torch.tensor(1.0), out).detach())  # gamma begins at 0
         -0.0

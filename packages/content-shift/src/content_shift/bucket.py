@@ -60,7 +60,7 @@ def load_specs(source: str | os.PathLike[str]) -> list[FeatureSpec]:
     Raises:
         InputError: If it cannot be read or is no such list.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "r.yaml"
         >>> _ = path.write_text("- {name: fine, techniques: [{technique: Prompt, text: a horse}]}")
         >>> load_specs(path)[0].recipe

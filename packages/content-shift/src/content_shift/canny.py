@@ -37,7 +37,7 @@ def canny(
         InputError: If values lie outside [0, 1], or an option is unknown.
         MissingExtraError: If OpenCV is asked for and not there.
 
-    Example:
+    Examples:
         >>> square = torch.zeros(1, 3, 16, 16); square[..., 4:12, 4:12] = 1
         >>> canny(square, backend="torch").sum(1).bool().sum().item() > 20
         True

@@ -16,7 +16,7 @@ PerImage = Float[Tensor, " batch"]
 def psnr(images: Pictures, originals: Pictures) -> PerImage:
     """Peak signal-to-noise ratio in decibels of images in [0, 1]; at most 100.
 
-    Example:
+    Examples:
         >>> psnr(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.1)).item()
         20.0
     """
@@ -29,7 +29,7 @@ def ssim(images: Pictures, originals: Pictures) -> PerImage:
 
     Windows lie wholly inside the image; smaller images use one that fits.
 
-    Example:
+    Examples:
         >>> x = torch.rand(2, 3, 16, 16)
         >>> ssim(x, x).tolist()
         [1.0, 1.0]
@@ -55,7 +55,7 @@ def ssim(images: Pictures, originals: Pictures) -> PerImage:
 def sobel(images: Pictures) -> Float[Tensor, "batch 1 height width"]:
     """Magnitude of the Sobel gradient of the mean over channels, clipped to [0, 1].
 
-    Example:
+    Examples:
         >>> sobel(torch.ones(1, 3, 5, 5)).abs().max().item()
         0.0
     """
@@ -70,7 +70,7 @@ def edge_f1(images: Pictures, originals: Pictures, threshold: float = 0.25) -> P
 
     Two images without any edge agree wholly.
 
-    Example:
+    Examples:
         >>> x = torch.rand(2, 3, 8, 8)
         >>> edge_f1(x, x).tolist()
         [1.0, 1.0]
@@ -93,7 +93,7 @@ def closeness(images: Pictures, originals: Pictures, metric: str = "psnr") -> Pe
     Raises:
         InputError: If the metric is unknown or the shapes differ.
 
-    Example:
+    Examples:
         >>> closeness(torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8), "ssim").item()
         1.0
     """

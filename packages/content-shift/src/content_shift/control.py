@@ -28,7 +28,7 @@ PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
 def skip_channels(model: Any) -> list[int]:
     """Channels of a U-Net's (or ControlNet's) skip connections, in order, and of its mid block.
 
-    Example:
+    Examples:
         >>> from diffeat.presets import build_topology
         >>> len(skip_channels(build_topology("sd15"))), len(skip_channels(build_topology("sdxl")))
         (13, 10)
@@ -76,7 +76,7 @@ class ControlNet(Technique):
         scale: Conditioning scale; 0 changes nothing, 1 is the paper's.
         images: Control images in [0, 1], one an image, in place of those made from the input.
 
-    Example:
+    Examples:
         >>> ControlNet("lllyasviel/sd-controlnet-canny").scale
         1.0
     """

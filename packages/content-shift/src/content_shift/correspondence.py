@@ -79,7 +79,7 @@ class CorrespondenceHead(nn.Module):
         granularity: See `Amalgamation`.
         temperature: Of the cosine similarities; fixed.
 
-    Example:
+    Examples:
         >>> head = CorrespondenceHead(4, 2, "conv").eval()
         >>> head(torch.randn(2, 3, 4, 8, 8), torch.randn(2, 2, 8, 8))[0].shape
         torch.Size([2, 12, 8, 8])

@@ -257,7 +257,7 @@ def compare_seed(
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rank correlation; ties share their mean rank; 0 where one side is constant.
 
-    Example:
+    Examples:
         >>> spearman([1.0, 2.0, 3.0], [10.0, 20.0, 15.0])
         0.5
     """

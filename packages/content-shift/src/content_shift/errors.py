@@ -13,7 +13,7 @@ class ZeroAnchor(InputError):  # noqa: N818 - a ValueError says it is one
     Args:
         where: What was compared, such as a layer.
 
-    Example:
+    Examples:
         >>> print(ZeroAnchor("up-level1-repeat0-res-out"))
         up-level1-repeat0-res-out: the anchor equals the reference, so eq. 2 would divide by zero;
         take the anchor at a later timestep, or a layer that the noise reaches
@@ -33,7 +33,7 @@ class IncompatibleControl(InputError):  # noqa: N818
         control: Channels of the ControlNet's residuals, in order.
         backbone: Channels of the backbone's skip connections, in order.
 
-    Example:
+    Examples:
         >>> print(IncompatibleControl([8], [8, 16]))
         the ControlNet gives 1 residuals of channels [8], the backbone takes 2 of [8, 16]; use a
         ControlNet made for this backbone
@@ -55,7 +55,7 @@ class UnsupportedTechnique(TypeError, InputError):  # noqa: N818
         backbone: The backbone's class.
         reason: What is missing.
 
-    Example:
+    Examples:
         >>> print(UnsupportedTechnique("ControlNet", int, "its forward takes no residuals"))
         ControlNet cannot act on int: its forward takes no residuals
     """
@@ -70,7 +70,7 @@ class AdapterClash(InputError):  # noqa: N818
     Args:
         name: The name.
 
-    Example:
+    Examples:
         >>> print(AdapterClash("horse"))
         an adapter called 'horse' is already there with other weights; give this LoRA another name=
     """

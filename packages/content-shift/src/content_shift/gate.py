@@ -159,7 +159,7 @@ def reconstruction_gain(
         batch_size: Images per forward.
         reduction: ``mean``, or ``none`` for one gain an image.
 
-    Example:
+    Examples:
         >>> from diffeat.demo import build_extractor
         >>> from content_shift.techniques import CFG
         >>> reconstruction_gain(build_extractor(), CFG(1.0), torch.rand(2, 3, 32, 32), prompt="")

@@ -127,7 +127,7 @@ class GateRecipe:
         Raises:
             InputError: If an option is unknown or weights are missing.
 
-        Example:
+        Examples:
             >>> [s.name for s in recipes["horse21"].build(skip_missing=True)]
             ['prompt', 'control']
         """
@@ -237,7 +237,7 @@ def get_recipe(name: str) -> GateRecipe:
     Raises:
         InputError: If there is none.
 
-    Example:
+    Examples:
         >>> len(get_recipe("spair").features)
         7
     """

@@ -369,7 +369,7 @@ class Recipe:
     Args:
         techniques: Techniques or recipes.
 
-    Example:
+    Examples:
         >>> from content_shift.techniques import CFG, Prompt
         >>> len(Prompt("a horse") + CFG(1.0))
         2

@@ -46,7 +46,7 @@ def laplacian(features: Maps, *, kernel: str = "5pt", padding: str = "replicate"
     Raises:
         InputError: If an option is unknown, or a map is too small to be reflected.
 
-    Example:
+    Examples:
         >>> ramp = torch.arange(4.0).expand(1, 1, 4, 4)
         >>> laplacian(ramp)[0, 0, 0].tolist()
         [1.0, 0.0, 0.0, -1.0]
@@ -70,7 +70,7 @@ def contours(
 ) -> Float[Tensor, "batch height width"]:
     """``||Lap(F)_ij||_2`` over the channels, position by position (eq. 1).
 
-    Example:
+    Examples:
         >>> delta = torch.zeros(1, 1, 3, 3); delta[..., 1, 1] = 1
         >>> contours(delta)[0, 1].tolist()
         [1.0, 4.0, 1.0]
@@ -100,7 +100,7 @@ def difference(
     Raises:
         InputError: If shapes differ or values are not finite.
 
-    Example:
+    Examples:
         >>> x = torch.randn(2, 3, 8, 8)
         >>> difference(x, x).tolist()
         [0.0, 0.0]
@@ -138,7 +138,7 @@ def score_of_differences(
         ZeroAnchor: If an anchor equals its reference.
         InputError: If the anchor's difference is negative or NaN.
 
-    Example:
+    Examples:
         >>> score_of_differences(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 6.0]))
         tensor(0.7500)
     """
@@ -178,7 +178,7 @@ def score(
         ZeroAnchor: If the anchor equals the reference.
         InputError: If shapes differ or values are not finite.
 
-    Example:
+    Examples:
         >>> ref = torch.randn(1, 2, 8, 8); anchor = ref + torch.randn(1, 2, 8, 8)
         >>> float(score(ref, ref, anchor)), float(score(anchor, ref, anchor))
         (1.0, 0.0)

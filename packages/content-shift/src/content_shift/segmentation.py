@@ -32,7 +32,7 @@ class AmalgamatedPixels(nn.Module):
         n_assigners: n.
         granularity: See `Amalgamation`.
 
-    Example:
+    Examples:
         >>> model = AmalgamatedPixels(4, 3).eval()
         >>> model(torch.randn(5, 2, 4))[0].shape
         torch.Size([5, 3])

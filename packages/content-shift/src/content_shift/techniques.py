@@ -44,7 +44,7 @@ class Prompt(Technique):
     Args:
         text: The prompt.
 
-    Example:
+    Examples:
         >>> Prompt("a horse, high quality").to_dict()
         {'technique': 'Prompt', 'text': 'a horse, high quality'}
     """
@@ -181,7 +181,7 @@ class Callable(Technique):
     Args:
         function: The function.
 
-    Example:
+    Examples:
         >>> Callable(lambda ctx: Patch(prompt="a horse")).function(None).prompt
         'a horse'
     """
@@ -208,7 +208,7 @@ def load_recipe(source: Sequence[Mapping[str, Any]] | str | os.PathLike[str]) ->
     Raises:
         InputError: If a technique or an argument is unknown, or the file cannot be read.
 
-    Example:
+    Examples:
         >>> load_recipe([{"technique": "Prompt", "text": "a horse"}])
         Prompt(text='a horse')
     """

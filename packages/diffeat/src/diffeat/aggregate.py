@@ -24,7 +24,7 @@ class Concat(nn.Module):
     Args:
         size: A number, (height, width), or that of the largest (``max``) or smallest map.
 
-    Example:
+    Examples:
         >>> Concat()([torch.randn(1, 3, 2, 2), torch.randn(1, 5, 4, 4)]).shape
         torch.Size([1, 8, 4, 4])
     """
@@ -46,7 +46,7 @@ class WeightedSum(nn.Module):
         channels: Channels of each layer.
         out_channels: Channels of the sum.
 
-    Example:
+    Examples:
         >>> join = WeightedSum([3, 5], 4)
         >>> join([torch.randn(1, 3, 2, 2), torch.randn(1, 5, 4, 4)]).shape
         torch.Size([1, 4, 4, 4])
@@ -84,7 +84,7 @@ class HyperAggregation(WeightedSum):
         channels: Channels of each layer (of each timestep).
         out_channels: Channels of the result, divisible by 32; 384 in the paper.
 
-    Example:
+    Examples:
         >>> HyperAggregation([3], 32)([torch.randn(1, 3, 2, 2)]).shape
         torch.Size([1, 32, 2, 2])
     """

@@ -82,7 +82,7 @@ def extract_to_disk(
         InputError: If names repeat, the folder holds features with other settings, or the format
             cannot hold these features.
 
-    Example:
+    Examples:
         >>> from diffeat.demo import build_extractor, shapes_data
         >>> samples = list(zip("ab", shapes_data(2, "test")[0]))
         >>> folder = extract_to_disk(

@@ -292,7 +292,7 @@ def capture(
         NotImplementedError: If an attention processor cannot be read.
         RuntimeError: If the forward pass skipped an activation.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> with capture(model, ["module:1"]) as cap:
         ...     _ = model(torch.ones(4, 2))

@@ -85,7 +85,7 @@ class DemoSettings:
 class PixelUnshuffleVAE(nn.Module):
     """An exact autoencoder: 2 x 2 pixels become 4 times the channels.
 
-    Example:
+    Examples:
         >>> vae = PixelUnshuffleVAE(); x = torch.randn(1, 3, 4, 4)
         >>> torch.equal(vae.decode(vae.encode(x)), x)
         True
@@ -127,7 +127,7 @@ def shapes_data(n: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor, list
         uint8 images ``[n, 3, 32, 32]``, labels ``[n, 32, 32]`` (0 is background), and captions that
         name the shapes.
 
-    Example:
+    Examples:
         >>> images, labels, captions = shapes_data(2, "test")
         >>> images.shape, labels.shape, captions[0][:12]
         (torch.Size([2, 3, 32, 32]), torch.Size([2, 32, 32]), 'a picture of')
@@ -153,7 +153,7 @@ def _scheduler() -> Any:
 def build_extractor(seed: int = 0) -> FeatureExtractor:
     """An untrained extractor with the demo's U-Net.
 
-    Example:
+    Examples:
         >>> build_extractor().vae_factor
         2
     """

@@ -15,7 +15,7 @@ class ActivationNotFound(KeyError, InputError):  # noqa: N818 - a KeyError says 
         wanted: The name or pattern.
         names: All names there are.
 
-    Example:
+    Examples:
         >>> print(ActivationNotFound("mid-vit-ou", ["mid-vit-out", "unet-in"]))
         no activation is called 'mid-vit-ou'; nearest: mid-vit-out, unet-in
     """
@@ -36,7 +36,7 @@ class UnsupportedBackbone(TypeError, InputError):  # noqa: N818
     Args:
         model: The model's class.
 
-    Example:
+    Examples:
         >>> print(UnsupportedBackbone(int))
         int has no canonical activation names; address its modules as 'module:<dotted.path>'
     """
@@ -56,7 +56,7 @@ class MapTooLarge(MemoryError, InputError):  # noqa: N818
         size: Bytes of the map before it is averaged over heads.
         limit: Bytes allowed.
 
-    Example:
+    Examples:
         >>> print(MapTooLarge("mid-vit-block0-self-map", 4 << 30, 2 << 30))
         mid-vit-block0-self-map would take 4.0 GiB (limit 2.0 GiB); pass allow_large=True, or use a
         smaller image or batch

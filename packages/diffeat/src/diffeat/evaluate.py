@@ -242,7 +242,7 @@ def _open(file: Path) -> Image.Image:
 def ignore_rare(labels: Int[Tensor, "B H W"], least: int = 20) -> Int[Tensor, "B H W"]:
     """Labels with 255 where a class has fewer than `least` pixels in an image (DDPM-seg).
 
-    Example:
+    Examples:
         >>> ignore_rare(torch.tensor([[[0, 0, 1]]]), 2).tolist()
         [[[0, 0, 255]]]
     """

@@ -26,7 +26,7 @@ class Features(Mapping[str, Tensor]):
         maps: The tensors.
         infos: What is known of each.
 
-    Example:
+    Examples:
         >>> maps = Features({"a": torch.ones(2, 3, 4, 4), "b": torch.ones(2, 5, 8, 8)})
         >>> maps.concat("max").shape
         torch.Size([2, 8, 8, 8])
@@ -111,7 +111,7 @@ class Features(Mapping[str, Tensor]):
         Raises:
             InputError: If the file is missing or damaged.
 
-        Example:
+        Examples:
             >>> path = getfixture("tmp_path") / "f.safetensors"
             >>> Features({"a": torch.ones(1, 2, 3, 3)}).save(path)
             >>> Features.load(path)

@@ -28,7 +28,7 @@ def paper_candidates(model: nn.Module) -> list[str]:
     Raises:
         InputError: If the layout is another one; see `auto_candidates`.
 
-    Example:
+    Examples:
         >>> from diffeat.presets import build_topology
         >>> len(paper_candidates(build_topology("sdxl")))
         63
@@ -83,7 +83,7 @@ def auto_candidates(
     Raises:
         InputError: If `noise` lacks the up stage.
 
-    Example:
+    Examples:
         >>> from diffeat.presets import build_topology
         >>> unet = build_topology("sd15")
         >>> noise = {a.name: 0.1 + 0.2 * (a.level or 0) for a in list_activations(unet)}

@@ -37,7 +37,7 @@ def noise_ratio(first: Maps, second: Maps) -> float:
     Raises:
         InputError: If the shapes differ or values are not finite.
 
-    Example:
+    Examples:
         >>> x = torch.randn(2, 3, 8, 8)
         >>> noise_ratio(x, x)
         0.0
@@ -60,7 +60,7 @@ def hf_ratio(features: Maps) -> float:
     Raises:
         InputError: If they are smaller or not finite.
 
-    Example:
+    Examples:
         >>> checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2
         >>> hf_ratio(checks[None, None].float())
         1.0
@@ -91,7 +91,7 @@ def locality(features: Maps) -> float:
     Raises:
         InputError: If they are smaller or not finite.
 
-    Example:
+    Examples:
         >>> locality(torch.ones(1, 2, 8, 8))
         0.0
     """
@@ -125,7 +125,7 @@ def pca_image(features: Maps, n: int = 3) -> Float[Tensor, "batch n height width
     Raises:
         InputError: If values are not finite.
 
-    Example:
+    Examples:
         >>> pca_image(torch.randn(2, 8, 4, 4)).shape
         torch.Size([2, 3, 4, 4])
     """

@@ -72,7 +72,7 @@ class ActivationInfo:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP and `torch.compile` wrappers.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(1, 1)
         >>> unwrap(nn.DataParallel(layer)) is layer
         True
@@ -308,7 +308,7 @@ def activations_by_name(model: nn.Module) -> dict[str, ActivationInfo]:
     Raises:
         UnsupportedBackbone: If the model's class is not known.
 
-    Example:
+    Examples:
         >>> from diffeat.presets import build_topology
         >>> activations_by_name(build_topology("sd15"))["unet-out"].module_path
         'conv_out'
@@ -365,7 +365,7 @@ def list_activations(
         UnsupportedBackbone: If the model's class is not known.
         ActivationNotFound: If nothing matches the pattern.
 
-    Example:
+    Examples:
         >>> from diffeat.presets import build_topology
         >>> names = [a.name for a in list_activations(build_topology("sd15"))]
         >>> len(names), names[3]
@@ -388,7 +388,7 @@ def module_activation(model: nn.Module, address: str) -> ActivationInfo:
     Raises:
         ActivationNotFound: If there is no such module.
 
-    Example:
+    Examples:
         >>> module_activation(nn.Sequential(nn.Linear(2, 3)), "module:0@in").source
         'input'
     """
@@ -411,7 +411,7 @@ def find_activation(model: nn.Module, name: str) -> ActivationInfo:
     Raises:
         ActivationNotFound: With the five nearest names.
 
-    Example:
+    Examples:
         >>> from diffeat.presets import build_topology
         >>> find_activation(build_topology("sd15"), "mid-vit-out").module_path
         'mid_block.attentions.0'
@@ -449,7 +449,7 @@ def alias(model: nn.Module, name: str) -> str:
     Raises:
         ActivationNotFound: If there is none.
 
-    Example:
+    Examples:
         >>> from diffeat.presets import build_topology
         >>> unet = build_topology("sd15")
         >>> alias(unet, "unet-in"), alias(unet, "module:conv_out")

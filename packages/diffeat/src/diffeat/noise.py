@@ -27,7 +27,7 @@ def seeded_noise(
         seed: Of the run.
         draw: Number of the draw, for ensembles.
 
-    Example:
+    Examples:
         >>> a = seeded_noise(["x", "y"], (2, 2)); b = seeded_noise(["y"], (2, 2))
         >>> torch.equal(a[1], b[0])
         True
@@ -55,7 +55,7 @@ class Schedule:
         flow: Whether it is a rectified flow.
         alphas_cumprod: abar, ``[T]``, or ``None`` for flows.
 
-    Example:
+    Examples:
         >>> from diffusers import DDIMScheduler
         >>> schedule = Schedule(DDIMScheduler())
         >>> x = schedule.add_noise(torch.zeros(1, 1), torch.ones(1, 1), 999)
@@ -105,7 +105,7 @@ class Schedule:
 
         With SD1.5's PNDM scheduler that is t + 1.
 
-        Example:
+        Examples:
             >>> from diffusers import PNDMScheduler
             >>> stock = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
             >>> Schedule(stock).official_timestep(50)

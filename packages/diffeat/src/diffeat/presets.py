@@ -116,7 +116,7 @@ class Preset:
     def call_options(self) -> dict[str, Any]:
         """How an extractor is called for this preset: ``t``, and what differs from its defaults.
 
-        Example:
+        Examples:
             >>> PRESETS["dift-sd21"].call_options()
             {'t': 261, 'ensemble': 8}
         """
@@ -258,7 +258,7 @@ def get_preset(name: str) -> Preset:
     Raises:
         InputError: If there is none.
 
-    Example:
+    Examples:
         >>> get_preset("sdxl-practical").channels
         3840
     """
@@ -278,7 +278,7 @@ def build_topology(name: str, device: str = "meta", **changes: Any) -> nn.Module
     Raises:
         InputError: If the layout is not known.
 
-    Example:
+    Examples:
         >>> next(build_topology("sd15").parameters()).device
         device(type='meta')
     """

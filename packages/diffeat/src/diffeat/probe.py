@@ -36,7 +36,7 @@ def cell_counts(
     Raises:
         InputError: If a label is neither below `classes` nor 255.
 
-    Example:
+    Examples:
         >>> cell_counts(torch.tensor([[[0, 1], [1, 1]]]), 2, (1, 1)).flatten().tolist()
         [1.0, 3.0]
     """
@@ -64,7 +64,7 @@ class LinearProbe:
         components: Project to this many principal components first, to compare activations of
             different width on equal terms.
 
-    Example:
+    Examples:
         >>> probe = LinearProbe(2)
         >>> x = torch.tensor([[[[-1.0, 1.0]]]]); y = torch.tensor([[[0, 1]]])
         >>> probe.update(x, y); probe.predict(x).tolist()
@@ -165,7 +165,7 @@ class PixelMLPEnsemble(nn.Module):
         classes: K.
         n: Number of networks.
 
-    Example:
+    Examples:
         >>> torch.manual_seed(0); probe = PixelMLPEnsemble(2, 2, n=2)
         <torch._C.Generator object at ...>
         >>> x = torch.randn(256, 2); _ = probe.fit(x, (x[:, 0] > 0).long(), epochs=5)
@@ -258,7 +258,7 @@ class ConvCorrespondence(nn.Module):
         out_channels: By default C; the paper halves it with several models.
         temperature: Of the cosine similarities; fixed.
 
-    Example:
+    Examples:
         >>> head = ConvCorrespondence(4)
         >>> a = torch.randn(1, 4, 8, 8); points = torch.tensor([[1, 2], [5, 5]])
         >>> head.loss(a, a, points, points).ndim
@@ -314,7 +314,7 @@ def nn_correspondence(
     Raises:
         InputError: If a point lies outside.
 
-    Example:
+    Examples:
         >>> a = torch.randn(1, 16, 8, 8)
         >>> nn_correspondence(a, a, torch.tensor([[2.0, 5.0]]), size=8)
         tensor([[2., 5.]])
@@ -341,7 +341,7 @@ def pck(
         reference: max(width, height) of the target image, or of the object's box.
         alpha: Threshold.
 
-    Example:
+    Examples:
         >>> pck(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), 50.0).tolist()
         [True]
     """

@@ -23,7 +23,7 @@ class PromptEmbedding:
         mask: Which tokens count, ``[1 or B, L]`` (PixArt, HunyuanDiT).
         extra: Further arguments of the model's forward, such as HunyuanDiT's second text tower.
 
-    Example:
+    Examples:
         >>> PromptEmbedding(torch.zeros(1, 77, 768)).expand(4).states.shape
         torch.Size([4, 77, 768])
     """

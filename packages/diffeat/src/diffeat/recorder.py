@@ -34,7 +34,7 @@ class Recorder:
         ActivationNotFound: If a name is unknown.
         InputError: If `cfg` is unknown, or a batch cannot be halved.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 2)
         >>> with Recorder(model, ["module:"], steps=[1]) as record:
         ...     _ = [model(torch.full((1, 2), float(i))) for i in range(3)]

@@ -30,7 +30,7 @@ class RefineBlock(nn.Module):
         channels: Of input and output.
         inner: Of the bottleneck.
 
-    Example:
+    Examples:
         >>> RefineBlock(8)(torch.randn(2, 8, 4, 4)).shape
         torch.Size([2, 8, 4, 4])
     """
@@ -65,7 +65,7 @@ class SegmentationHead(nn.Module):
         channels: Inside the head; 512 in the paper.
         dropout: Before the classifier.
 
-    Example:
+    Examples:
         >>> head = SegmentationHead({"a": (6, 8), "b": (4, 8), "c": (3, 4)}, 5, channels=16)
         >>> maps = {"a": torch.randn(2, 6, 4, 4), "b": torch.randn(2, 4, 4, 4)}
         >>> head({**maps, "c": torch.randn(2, 3, 8, 8)}).shape
@@ -183,7 +183,7 @@ def lovasz_softmax(
         probabilities: Of the classes.
         labels: Class of each pixel; 255 counts for nothing.
 
-    Example:
+    Examples:
         >>> y = torch.tensor([[[0, 1]]])
         >>> float(lovasz_softmax(torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]]), y))
         0.0

@@ -35,7 +35,7 @@ class Selection:
     Raises:
         InputError: If there is none.
 
-    Example:
+    Examples:
         >>> Selection.parse("sd15-legacy").items[0]
         'up-level0-upsampler-out'
     """
@@ -58,7 +58,7 @@ class Selection:
         Raises:
             InputError: If it is empty, or a file that is no layer list.
 
-        Example:
+        Examples:
             >>> Selection.parse({"unet-in": True, "unet-out": False}).items
             ('unet-in',)
         """
@@ -94,7 +94,7 @@ class Selection:
         Raises:
             ActivationNotFound: If a name or pattern matches nothing.
 
-        Example:
+        Examples:
             >>> from diffeat.presets import build_topology
             >>> Selection(("unet-out", "up-level3-*-vit-out")).resolve(build_topology("sd15"))[-1]
             'unet-out'

@@ -41,7 +41,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     For a loss that every process computes alike from the result, under DDP or FSDP, which average
     gradients: the averaged gradient is then the one of a single process with the joined batch.
 
-    Example:
+    Examples:
         >>> gather_rows(torch.ones(2))
         tensor([1., 1.])
     """

@@ -33,7 +33,7 @@ class PairedLoader:
     Raises:
         InputError: If a loader is empty or the sampling unknown.
 
-    Example:
+    Examples:
         >>> pairs = PairedLoader([("a", 0), ("b", 1), ("c", 2)], ["x", "y"])
         >>> len(pairs), list(pairs), next(iter(pairs))
         (3, [('a', 0, 'x'), ('b', 1, 'y'), ('c', 2, 'x')], ('a', 0, 'y'))
@@ -105,7 +105,7 @@ def check_disjoint(
         InputError: If they overlap, unless `on_overlap` is ``warn``; if ``path`` is asked for
             samples that are not paths; if a file is not there.
 
-    Example:
+    Examples:
         >>> check_disjoint([torch.zeros(2)], [torch.ones(2)], how="sha1")
         0
     """

@@ -73,7 +73,7 @@ class MultiLabelImages(Dataset[tuple[Any, Tensor]]):
     Raises:
         InputError: If lengths do not fit or there is no image.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> pixels = np.zeros((2, 8, 8, 3), dtype=np.uint8)
         >>> data = MultiLabelImages(pixels, torch.eye(2), ["cat", "dog"], lambda image: image.size)

@@ -47,7 +47,7 @@ def threshold_at_recall(scores: Float[Tensor, " n"], recall: float = 0.95) -> fl
     Raises:
         InputError: If there are no scores, some are NaN, or the recall is out of range.
 
-    Example:
+    Examples:
         >>> threshold_at_recall(torch.arange(20.0), 0.95)
         1.0
     """
@@ -72,7 +72,7 @@ class OODDetector:
         threshold: Scores from it up are ID; ``calibrate`` finds it.
         class_names: Of the labels.
 
-    Example:
+    Examples:
         >>> detector = OODDetector(nn.Linear(3, 2), "joint_energy")
         >>> detector.calibrate(torch.randn(100, 2)).predict(torch.zeros(4, 3)).is_id.shape
         torch.Size([4])
@@ -215,7 +215,7 @@ class PytorchOODAdapter:
     Args:
         detector: Ours.
 
-    Example:
+    Examples:
         >>> adapter = OODDetector(nn.Linear(3, 2)).as_pytorch_ood()
         >>> adapter.predict_features(torch.zeros(1, 2))
         tensor([-1.3863])

@@ -29,7 +29,7 @@ def singular_values(features: Float[Tensor, "n F"]) -> Float[Tensor, " r"]:
     Much faster than a decomposition of the matrix itself; values below 1e-8 of the largest lose
     their digits, which no distance of spectra notices.
 
-    Example:
+    Examples:
         >>> singular_values(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
         tensor([4., 3.], dtype=torch.float64)
     """
@@ -53,7 +53,7 @@ def spectrum(
             of their number.
         generator: Shuffles the rows first.
 
-    Example:
+    Examples:
         >>> spectrum(torch.eye(4), batch_size=2)
         tensor([1., 1.], dtype=torch.float64)
     """
@@ -96,7 +96,7 @@ def dilation_distance(
     Source:
         Sun et al., AAAI 2025, section on OE selection.
 
-    Example:
+    Examples:
         >>> dilation_distance(torch.eye(2) * 3, torch.eye(2), k=1, variant="paper")
         2.0
     """
@@ -122,7 +122,7 @@ def spectral_distance(
 ) -> float:
     """Distance of two spectra, padded by zeros to one length; see `dilation_distance`.
 
-    Example:
+    Examples:
         >>> spectral_distance(torch.tensor([2.0]), torch.tensor([1.0, 1.0]), 9, "paper", 64)
         1.4142135381698608
     """
@@ -173,7 +173,7 @@ class OESelector:
         id_spectrum: The spectrum of the ID set, after `fit`.
         id_distance: Distance between two halves of the ID set: what no difference looks like.
 
-    Example:
+    Examples:
         >>> g = torch.Generator().manual_seed(0)
         >>> data = [torch.randn(8, 4, generator=g) for _ in range(4)]
         >>> selector = OESelector(torch.nn.Identity(), k=4, batch_size=8).fit(data)

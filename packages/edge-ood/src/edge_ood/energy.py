@@ -19,7 +19,7 @@ def label_energies(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     Args:
         logits: Any shape, any float dtype.
 
-    Example:
+    Examples:
         >>> label_energies(torch.tensor([0.0, 100.0]))
         tensor([  0.6931, 100.0000])
     """
@@ -46,7 +46,7 @@ def joint_energy(logits: Float[Tensor, "*shape"], dim: int = -1) -> Float[Tensor
         Wang et al., "Can multi-label classification networks know what they don't know?",
         NeurIPS 2021, eq. 6; the score of EDGE (Sun et al., AAAI 2025).
 
-    Example:
+    Examples:
         >>> joint_energy(torch.tensor([[0.0, 0.0], [3.0, -3.0]]))
         tensor([1.3863, 3.0972])
     """

@@ -51,7 +51,7 @@ def open_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarr
     Raises:
         InputError: If the file is missing, damaged, of another kind, or the array is not clear.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "z.npy"
         >>> np.save(path, np.zeros((3, 2), dtype=np.float32))
         >>> open_array(path).shape
@@ -140,7 +140,7 @@ def open_tables(
     Raises:
         InputError: As `open_array`.
 
-    Example:
+    Examples:
         >>> folder = getfixture("tmp_path")
         >>> np.save(folder / "logits.npy", np.zeros((3, 2), dtype=np.float32))
         >>> open_tables(folder).logits.shape
@@ -180,7 +180,7 @@ def score_array(array: np.ndarray, scorer: Any, name: str = "logits") -> Tensor:
     Raises:
         InputError: If the table is empty or not two-dimensional, or a score is NaN or infinite.
 
-    Example:
+    Examples:
         >>> score_array(np.zeros((2, 3), dtype=np.float32), get_scorer("max_logit"))
         tensor([0., 0.])
     """
@@ -240,7 +240,7 @@ def evaluate(
     Raises:
         InputError: If tables do not fit together, or a scorer needs more than logits.
 
-    Example:
+    Examples:
         >>> z = np.array([[3.0, -1.0], [-2.0, 2.0]], dtype=np.float32)
         >>> found = evaluate(z, {"noise": z - 5}, np.eye(2))
         >>> found["scorers"]["joint_energy"]["mean"]["auroc"], found["mAP"]
@@ -384,7 +384,7 @@ def parse_grid(text: str | None, classes: int) -> list[int] | None:
     Raises:
         InputError: If it is none of these.
 
-    Example:
+    Examples:
         >>> parse_grid("0,1,3", 20), parse_grid("voc", 6)
         ([0, 1, 3], [0, 1, 3, 5])
     """
@@ -402,7 +402,7 @@ def parse_grid(text: str | None, classes: int) -> list[int] | None:
 def evaluation_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A table of an evaluation: one row a scorer and OOD set, in percent, and means.
 
-    Example:
+    Examples:
         >>> z = np.array([[3.0], [2.0]], dtype=np.float32)
         >>> evaluation_rows(evaluate(z, {"noise": z - 5}))[0]["AUROC %"]
         100.0

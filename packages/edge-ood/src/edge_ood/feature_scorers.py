@@ -83,7 +83,7 @@ class ODIN:
     Source:
         Liang et al., ICLR 2018, in the multi-label form of Wang et al., NeurIPS 2021.
 
-    Example:
+    Examples:
         >>> ODIN(nn.Linear(3, 2), eps=0.01).score(torch.zeros(4, 3)).shape
         torch.Size([4])
     """
@@ -158,7 +158,7 @@ class Mahalanobis(_Fitted):
     Source:
         Lee et al., NeurIPS 2018, in the multi-label form of Wang et al., NeurIPS 2021.
 
-    Example:
+    Examples:
         >>> features = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
         >>> scorer = Mahalanobis().fit(features, torch.ones(50, 1))
         >>> bool(scorer.score(features).mean() > scorer.score(features + 9).mean())
@@ -234,7 +234,7 @@ class KNN(_Fitted):
     Source:
         Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022.
 
-    Example:
+    Examples:
         >>> bank = torch.eye(3)
         >>> KNN(k=1).fit(bank).score(torch.tensor([[2.0, 0.0, 0.0], [-1.0, 0.0, 0.0]]))
         tensor([-0.0000, -1.4142])
@@ -283,7 +283,7 @@ class ReAct(_Fitted):
     Source:
         Sun et al., "ReAct: Out-of-distribution Detection With Rectified Activations", NeurIPS 2021.
 
-    Example:
+    Examples:
         >>> head = nn.Linear(3, 2)
         >>> ReAct(head, p=90).fit(torch.rand(20, 3)).score(torch.rand(4, 3)).shape
         torch.Size([4])
@@ -338,7 +338,7 @@ class ViM(_Fitted):
     Source:
         Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022.
 
-    Example:
+    Examples:
         >>> scorer = ViM(nn.Linear(6, 2)).fit(torch.randn(40, 6))
         >>> scorer.score(torch.randn(4, 6)).shape
         torch.Size([4])
@@ -448,7 +448,7 @@ class LOF(_Sklearn):
     Args:
         options: Of `sklearn.neighbors.LocalOutlierFactor`.
 
-    Example:
+    Examples:
         >>> z = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
         >>> bool(LOF().fit(z).score(z).mean() > LOF().fit(z).score(z + 20).mean())
         True
@@ -468,7 +468,7 @@ class IForest(_Sklearn):
     Args:
         options: Of `sklearn.ensemble.IsolationForest`.
 
-    Example:
+    Examples:
         >>> z = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
         >>> scorer = IForest(n_estimators=10).fit(z)
         >>> bool(scorer.score(z).mean() > scorer.score(z + 20).mean())

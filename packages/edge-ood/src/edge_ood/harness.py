@@ -34,7 +34,7 @@ def choose_scorers(names: Sequence[str], *, fitted: bool, images: bool) -> list[
     Raises:
         InputError: If a name is unknown, or what it needs is not there.
 
-    Example:
+    Examples:
         >>> "knn" in choose_scorers(["all"], fitted=True, images=True)
         True
         >>> choose_scorers(["all"], fitted=False, images=False)[-1]
@@ -78,7 +78,7 @@ def make_scorers(
     Raises:
         InputError: If `fit` lacks what a scorer needs, or comes from another model.
 
-    Example:
+    Examples:
         >>> sorted(make_scorers(["msp", "max_logit"]))
         ['max_logit', 'msp']
     """
@@ -125,7 +125,7 @@ def score_outputs(
     Raises:
         InputError: If `loader` gives another number of samples than `out` holds.
 
-    Example:
+    Examples:
         >>> out = Outputs(torch.zeros(1, 2), torch.empty(0), torch.empty(0))
         >>> score_outputs(make_scorers(["sum_prob"]), out)
         {'sum_prob': tensor([1.])}

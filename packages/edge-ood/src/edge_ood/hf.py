@@ -78,7 +78,7 @@ class EdgeHFTrainer(Trainer):
     Raises:
         InputError: If the outliers are empty or the arguments ask for what cannot work.
 
-    Example:
+    Examples:
         >>> from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
         >>> model = ViTForImageClassification(ViTConfig(
         ...     image_size=8, patch_size=4, hidden_size=8, num_attention_heads=2,

@@ -65,7 +65,7 @@ def train_edge(
     Raises:
         InputError: If the loss is not finite at the end of an epoch.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(3, 2)
         >>> pairs = [(torch.zeros(4, 3), torch.ones(4, 2), torch.ones(4, 3))]
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -184,7 +184,7 @@ def collect(
     Raises:
         InputError: If the data set is empty.
 
-    Example:
+    Examples:
         >>> collect(nn.Linear(3, 2), [(torch.zeros(4, 3), torch.ones(4, 2))]).logits.shape
         torch.Size([4, 2])
     """

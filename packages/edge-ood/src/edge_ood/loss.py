@@ -54,7 +54,7 @@ class EdgeLossOutput(NamedTuple):
 def tail_size(k: int | float, n: int) -> int:
     """The k of a batch of n ID samples: a fraction of n, or a number, within ``[1, n]``.
 
-    Example:
+    Examples:
         >>> tail_size(0.25, 128), tail_size(50, 21)
         (32, 21)
     """
@@ -79,7 +79,7 @@ def energy_gap(
     Returns:
         The gap, and the share of pairs with a positive hinge.
 
-    Example:
+    Examples:
         >>> gap, active = energy_gap(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.5]))
         >>> gap, active
         (tensor(0.1250), tensor(0.2500))
@@ -143,7 +143,7 @@ def edge_loss(
         Sun et al., "EDGE: Unknown-aware Multi-label Learning by Energy Distribution Gap
         Expansion", AAAI 2025. L_conf and L_gap have the form of the authors' code.
 
-    Example:
+    Examples:
         >>> z, y = torch.zeros(4, 3), torch.eye(4, 3)
         >>> out = edge_loss(z, y, torch.full((2, 3), -2.0))
         >>> round(out.loss.item(), 4), out.n_tail
@@ -220,7 +220,7 @@ class EdgeLoss(nn.Module):
     Raises:
         InputError: If a setting is out of range.
 
-    Example:
+    Examples:
         >>> criterion = EdgeLoss(alpha=1.0, beta=0.1)
         >>> logits = torch.randn(6, 5, requires_grad=True)
         >>> out = criterion(logits[:4], torch.ones(4, 5), logits[4:])
@@ -291,7 +291,7 @@ class EdgeSchedule:
     Raises:
         InputError: If τ is negative, a fraction above 1, or one without `epochs`.
 
-    Example:
+    Examples:
         >>> schedule = EdgeSchedule(0.5, epochs=100, beta=0.1)
         >>> schedule.beta(49), schedule.beta(50), schedule.is_on(49.99)
         (0.0, 0.1, False)

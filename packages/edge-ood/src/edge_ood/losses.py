@@ -51,7 +51,7 @@ class FocalMultiLabelLoss(nn.Module):
     Source:
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, eq. 4.
 
-    Example:
+    Examples:
         >>> FocalMultiLabelLoss(gamma=0.0)(torch.zeros(1, 2), torch.ones(1, 2))
         tensor(0.6931)
     """
@@ -90,7 +90,7 @@ class AsymmetricLoss(nn.Module):
         Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, eq. 4 to 7. As
         in their code, no gradient flows through the focusing weight.
 
-    Example:
+    Examples:
         >>> loss = AsymmetricLoss(0.0, 0.0, clip=0.0, reduction="mean")
         >>> loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
         tensor(0.6931)
@@ -153,7 +153,7 @@ class DistributionBalancedLoss(nn.Module):
         Wu et al., "Distribution-Balanced Loss for Multi-Label Classification in Long-Tailed
         Datasets", ECCV 2020; defaults of its COCO-LT settings.
 
-    Example:
+    Examples:
         >>> loss = DistributionBalancedLoss([50, 5], n_train=100)
         >>> loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])).shape
         torch.Size([])
@@ -230,7 +230,7 @@ class MultiLabelOELoss(nn.Module):
     Source:
         Hendrycks et al., "Deep Anomaly Detection with Outlier Exposure", ICLR 2019, section 4.
 
-    Example:
+    Examples:
         >>> MultiLabelOELoss()(torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(3, 2))
         tensor(1.0397)
     """
@@ -267,7 +267,7 @@ class MultiLabelEnergyBoundLoss(nn.Module):
     Source:
         Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020, eq. 8 and 9.
 
-    Example:
+    Examples:
         >>> loss = MultiLabelEnergyBoundLoss(m_in=-1.0, m_out=0.0)
         >>> loss(torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1, 1))
         tensor(0.7931)

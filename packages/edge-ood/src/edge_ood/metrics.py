@@ -51,7 +51,7 @@ def average_precisions(
     Raises:
         InputError: If shapes do not fit, a score is NaN, or `ap` is not known.
 
-    Example:
+    Examples:
         >>> average_precisions(torch.tensor([[3.0], [2.0], [1.0]]), torch.tensor([[1.0], [0], [1]]))
         tensor([0.8333], dtype=torch.float64)
     """
@@ -72,7 +72,7 @@ def precision_areas(
     Recall rises at the positives alone, by one part each. There the curve comes from the precision
     of all samples scored higher, and goes to that of all scored at least as high.
 
-    Example:
+    Examples:
         >>> precision_areas(torch.tensor([[3.0], [2.0]]), torch.tensor([[False], [True]]))
         (tensor([0.5000], dtype=torch.float64), tensor([0.2500], dtype=torch.float64))
     """
@@ -116,7 +116,7 @@ def multilabel_map(
     Raises:
         InputError: As `average_precisions`; also if no class has a positive.
 
-    Example:
+    Examples:
         >>> multilabel_map(torch.tensor([[3.0], [2.0], [1.0]]), torch.tensor([[1.0], [0], [1]]))
         0.8333333333333333
     """
@@ -136,7 +136,7 @@ def multilabel_map(
 def frequency_order(class_counts: Counts) -> list[int]:
     """Classes from the most frequent to the rarest; equal ones by index.
 
-    Example:
+    Examples:
         >>> frequency_order([5, 50, 20])
         [1, 2, 0]
     """
@@ -177,7 +177,7 @@ def tail_curve(
     Raises:
         InputError: If lengths do not fit, `class_counts` is missing, or a j is out of range.
 
-    Example:
+    Examples:
         >>> labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> curve = tail_curve(torch.tensor([3.0, 1.0]), labels, torch.tensor([2.0]),
         ...                    class_counts=[10, 1], grid=[0, 1])
@@ -229,7 +229,7 @@ def bucket_report(
     Returns:
         For ``head``, ``medium`` and ``tail``: ``n`` and the metrics, ``None`` for an empty bucket.
 
-    Example:
+    Examples:
         >>> report = bucket_report(torch.tensor([3.0, 1.0]), torch.eye(3)[[0, 2]],
         ...                        torch.tensor([2.0]), class_counts=[10, 5, 1])
         >>> {name: (row["n"], row["auroc"]) for name, row in report.items()}
@@ -248,7 +248,7 @@ def sample_buckets(
 ) -> Tensor:
     """The bucket of each sample: 0 head, 1 medium, 2 tail, -1 without a label; ``[n]``.
 
-    Example:
+    Examples:
         >>> sample_buckets(torch.eye(3, dtype=torch.bool), [1, 10, 5])
         tensor([2, 0, 1])
     """

@@ -16,7 +16,7 @@ __all__ = ["MultiLabelHead", "MultiLabelModel", "SmallConvNet", "create_model", 
 class SmallConvNet(nn.Module):
     """Four convolutions with BatchNorm for 32-pixel images; 128 features, mean and largest value.
 
-    Example:
+    Examples:
         >>> SmallConvNet()(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 128])
     """
@@ -53,7 +53,7 @@ class MultiLabelHead(nn.Sequential):
         hidden: ``None`` for a linear layer; a width H for Linear, BatchNorm, ReLU, Linear, with
             1000 in the authors' code.
 
-    Example:
+    Examples:
         >>> len(MultiLabelHead(8, 3, hidden=16)), len(MultiLabelHead(8, 3))
         (4, 1)
     """
@@ -84,7 +84,7 @@ class MultiLabelModel(nn.Module):
         spec: What `create_model` needs to make the model again, for saving; ``None`` if it is not
             one of its models.
 
-    Example:
+    Examples:
         >>> model = MultiLabelModel(SmallConvNet(), MultiLabelHead(128, 4))
         >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 4])
@@ -155,7 +155,7 @@ def create_model(
         InputError: If there is no such model, or its weights cannot be loaded.
         MissingExtraError: If its library is not installed.
 
-    Example:
+    Examples:
         >>> create_model("small_cnn", 20).head.last.out_features
         20
     """
@@ -272,7 +272,7 @@ def paired_forward(
     Raises:
         InputError: If the mode is unknown or the inputs do not fit together.
 
-    Example:
+    Examples:
         >>> ours, theirs = paired_forward(nn.Linear(3, 2), torch.zeros(4, 3), torch.zeros(5, 3))
         >>> ours.shape, theirs.shape
         (torch.Size([4, 2]), torch.Size([5, 2]))
@@ -295,7 +295,7 @@ def paired_forward(
 def model_from_spec(spec: Mapping[str, Any]) -> MultiLabelModel:
     """Make a model again from its spec, without weights.
 
-    Example:
+    Examples:
         >>> model_from_spec(create_model("small_cnn", 3).spec).head.last.out_features
         3
     """

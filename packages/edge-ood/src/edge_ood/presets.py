@@ -106,7 +106,7 @@ def get_preset(name: str) -> Preset:
     Raises:
         InputError: If there is none.
 
-    Example:
+    Examples:
         >>> get_preset("coco-r50").k
         0.25
     """

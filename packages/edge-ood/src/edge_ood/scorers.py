@@ -100,7 +100,7 @@ class LogitScorer:
 class JointEnergy(LogitScorer):
     """Sum over labels of ``log(1 + exp(z_c))``; see `edge_ood.joint_energy`.
 
-    Example:
+    Examples:
         >>> JointEnergy().score(torch.zeros(1, 2))
         tensor([1.3863])
     """
@@ -114,7 +114,7 @@ class JointEnergy(LogitScorer):
 class MaxEnergy(LogitScorer):
     """Largest label energy.
 
-    Example:
+    Examples:
         >>> MaxEnergy().score(torch.zeros(1, 2))
         tensor([0.6931])
     """
@@ -131,7 +131,7 @@ class TopKEnergy(LogitScorer):
     Args:
         k: From 1 (`MaxEnergy`) to the number of labels (`JointEnergy`).
 
-    Example:
+    Examples:
         >>> TopKEnergy(1).score(torch.zeros(1, 2))
         tensor([0.6931])
     """
@@ -154,7 +154,7 @@ class TopKEnergy(LogitScorer):
 class MaxLogit(LogitScorer):
     """Largest logit (Hendrycks et al., ICML 2022).
 
-    Example:
+    Examples:
         >>> MaxLogit().score(torch.tensor([[1.0, 2.0]]))
         tensor([2.])
     """
@@ -168,7 +168,7 @@ class MaxLogit(LogitScorer):
 class MSP(LogitScorer):
     """Largest softmax probability (Hendrycks and Gimpel, ICLR 2017).
 
-    Example:
+    Examples:
         >>> MSP().score(torch.zeros(1, 2))
         tensor([0.5000])
     """
@@ -182,7 +182,7 @@ class MSP(LogitScorer):
 class MaxProb(LogitScorer):
     """Largest sigmoid probability.
 
-    Example:
+    Examples:
         >>> MaxProb().score(torch.zeros(1, 2))
         tensor([0.5000])
     """
@@ -196,7 +196,7 @@ class MaxProb(LogitScorer):
 class SumProb(LogitScorer):
     """Sum of the sigmoid probabilities.
 
-    Example:
+    Examples:
         >>> SumProb().score(torch.zeros(1, 2))
         tensor([1.])
     """
@@ -210,7 +210,7 @@ class SumProb(LogitScorer):
 class LogSumExp(LogitScorer):
     """The multi-class free energy ``log Σ exp(z_c)`` (Liu et al., NeurIPS 2020).
 
-    Example:
+    Examples:
         >>> LogSumExp().score(torch.zeros(1, 2))
         tensor([0.6931])
     """
@@ -252,7 +252,7 @@ def get_scorer(name: str, **options: Any) -> Any:
     Raises:
         InputError: If there is no such scorer, or it takes no such argument.
 
-    Example:
+    Examples:
         >>> get_scorer("topk_energy", k=3).k
         3
     """
@@ -268,7 +268,7 @@ def get_scorer(name: str, **options: Any) -> Any:
 def list_scorers(requires: str | None = None) -> list[str]:
     """Names of the scorers, all or those that need ``logits``, ``features`` or ``inputs``.
 
-    Example:
+    Examples:
         >>> list_scorers("logits")[:3]
         ['joint_energy', 'max_energy', 'topk_energy']
         >>> list_scorers("inputs")

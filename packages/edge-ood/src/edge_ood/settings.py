@@ -133,7 +133,7 @@ class TrainSettings:
         Raises:
             InputError: If there is no such preset, or the ID images are not given.
 
-        Example:
+        Examples:
             >>> TrainSettings.from_preset("coco-r50", id="coco:data", oe="textures").lr
             0.1
         """

@@ -43,7 +43,7 @@ def known_images(
         split: ``train`` or ``test``.
         imbalance: Most frequent over rarest label.
 
-    Example:
+    Examples:
         >>> known_images(0, 3).labels.shape
         (3, 20)
     """
@@ -57,7 +57,7 @@ def outlier_images(seed: int, n: int) -> dict[str, np.ndarray]:
         seed: Of the world.
         n: How many in all.
 
-    Example:
+    Examples:
         >>> {name: len(images) for name, images in outlier_images(0, 5).items()}
         {'objects': 2, 'textures': 3}
     """
@@ -76,7 +76,7 @@ def unknown_images(seed: int, n: int) -> dict[str, np.ndarray]:
         seed: Of the world.
         n: How many of each.
 
-    Example:
+    Examples:
         >>> list(unknown_images(0, 2))
         ['shapes', 'colors', 'textures']
     """

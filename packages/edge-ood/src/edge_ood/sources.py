@@ -52,7 +52,7 @@ def load_id(
     Raises:
         InputError: If there is no such kind, or its files are not there.
 
-    Example:
+    Examples:
         >>> data = load_id("shapes", "test")
         >>> len(data), len(data.class_names)
         (1000, 20)
@@ -113,7 +113,7 @@ def load_outliers(
     Raises:
         InputError: If it is not there.
 
-    Example:
+    Examples:
         >>> len(load_outliers("shapes:colors", "test"))
         500
     """
@@ -136,7 +136,7 @@ def load_outliers(
 def outlier_folder(source: str) -> Path | None:
     """The folder of a set of outliers, absolute; ``None`` for those of other kinds.
 
-    Example:
+    Examples:
         >>> outlier_folder("shapes:objects") is None
         True
     """

@@ -40,7 +40,7 @@ __all__ = ["CyclingSampler", "create_loss", "read_log", "train"]
 def create_loss(settings: TrainSettings, class_counts: Tensor, n_train: int) -> nn.Module:
     """The loss that the settings name.
 
-    Example:
+    Examples:
         >>> type(create_loss(TrainSettings("shapes", loss="asl"), torch.ones(2), 9)).__name__
         'AsymmetricLoss'
     """
@@ -78,7 +78,7 @@ class CyclingSampler(Sampler[int]):
         per_epoch: Indices per epoch.
         seed: Of the permutations.
 
-    Example:
+    Examples:
         >>> sampler = CyclingSampler(3, 2, seed=0)
         >>> first = list(sampler); sampler.set_epoch(1)
         >>> sorted(first + list(sampler)[:1])
@@ -117,7 +117,7 @@ def make_accelerator(dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         MissingExtraError: If accelerate is needed and not installed.
 
-    Example:
+    Examples:
         >>> make_accelerator(torch.float32, torch.device("cpu")) is None
         True
     """
@@ -462,7 +462,7 @@ def _save_detector(parts: _Run, run: RunFolder, name: str, logits: Tensor) -> No
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log, one an epoch.
 
-    Example:
+    Examples:
         >>> folder = getfixture("tmp_path")
         >>> RunFolder(folder).log(step=1, loss=0.5)
         >>> read_log(folder)

@@ -46,7 +46,7 @@ def bottleneck_size(num_classes: int, num_blocks: int = 12) -> int:
     Raises:
         InputError: If a number is below 1.
 
-    Example:
+    Examples:
         >>> [bottleneck_size(classes) for classes in (10, 100, 1000, 8142)]
         [1, 4, 32, 256]
     """
@@ -71,7 +71,7 @@ class AdaptFormer(nn.Module):
     Raises:
         InputError: If a width is below 1.
 
-    Example:
+    Examples:
         >>> adapter = AdaptFormer(8, bottleneck=2)
         >>> adapter(torch.randn(3, 5, 8)).abs().max().item()
         0.0
@@ -284,7 +284,7 @@ def clip_adaptformer(
             adapters already, lacks its tokenizer, or a name, the template or the width is no good.
         MissingExtraError: If open_clip or transformers is needed and not installed.
 
-    Example:
+    Examples:
         >>> from transformers import CLIPConfig, CLIPModel
         >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
         ...          "num_attention_heads": 2}

@@ -102,7 +102,7 @@ def class_sharpness(
         InputError: If an argument is out of range, the loader, a label, the logits or the losses
             are not as described, or a loss is NaN or infinite (also at distance ρ).
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 3)
         >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
         >>> result = class_sharpness(model, data, rho=0.1, groups={"head": [0, 1], "tail": [2]})
@@ -185,7 +185,7 @@ def class_hessian_eigs(
     Warns:
         UserWarning: If the tolerance was not reached for a group.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 3)
         >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
         >>> result = class_hessian_eigs(model, data, groups={"all": [0, 1, 2]})
@@ -268,7 +268,7 @@ def class_spectrum(
     Raises:
         InputError: As `class_hessian_eigs`.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 3)
         >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
         >>> result = class_spectrum(model, data, groups={"all": [0, 1, 2]})
@@ -334,7 +334,7 @@ def hutchinson_trace(
     Raises:
         InputError: As `class_hessian_eigs`.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 3)
         >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
         >>> result = hutchinson_trace(model, data, groups={"all": [0, 1, 2]})
@@ -394,7 +394,7 @@ def loss_surface_2d(
         InputError: As `class_sharpness`; also if no weight with two or more dimensions is
             trainable.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 3)
         >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
         >>> result = loss_surface_2d(model, data, groups={"all": [0, 1, 2]}, steps=3)

@@ -43,7 +43,7 @@ def measure_steps(
     Raises:
         InputError: If a method or the model is unknown.
 
-    Example:
+    Examples:
         >>> found = measure_steps(["sam"], "small_cnn", batch_size=2, repeats=1)
         >>> list(found)
         ['sgd', 'sam']

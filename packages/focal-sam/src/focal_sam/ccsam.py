@@ -47,7 +47,7 @@ class CCSAM(SharpnessMethod):
     Raises:
         ValueError: If an argument is out of range, or no classifier is found.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> method = CCSAM(model, class_counts=[50, 20, 5], flat_ratio=0.5)
         >>> x, y = torch.randn(6, 4), torch.randint(3, (6,))

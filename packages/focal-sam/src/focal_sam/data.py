@@ -4,7 +4,7 @@
 `shared_core.data.long_tail`. ImageNet-LT and iNaturalist 2018 come as images and text files of
 ``path label`` lines, which `read_image_list` reads.
 
-Example:
+Examples:
     >>> counts = long_tail_counts(5000, 10, imbalance_ratio=100)
     >>> counts[0], counts[-1], sum(counts)
     (5000, 50, 12406)
@@ -60,7 +60,7 @@ def read_image_list(
             class, or (when an item is read) an image is missing or damaged. The message names the
             line.
 
-    Example:
+    Examples:
         >>> folder = getfixture("tmp_path")
         >>> PIL.Image.new("RGB", (5, 4)).save(folder / "newt.png")
         >>> _ = (folder / "train.txt").write_text("newt.png 1\n")

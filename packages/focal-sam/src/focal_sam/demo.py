@@ -178,7 +178,7 @@ def run_seed(
     Raises:
         InputError: If a method is unknown.
 
-    Example:
+    Examples:
         >>> results = run_seed(0, ["focal"], DemoSettings(epochs=1))
         >>> sorted(results["focal"].accuracy)
         ['head', 'medium', 'tail']
@@ -233,7 +233,7 @@ def summarize(results: Sequence[dict[str, SeedResult]]) -> dict[str, Any]:
         by group), each as mean, std and per-seed values; and ``difference_from_sgd`` of the overall
         accuracy as mean, standard error and values.
 
-    Example:
+    Examples:
         >>> seeds = [run_seed(s, ["sgd", "sam"], DemoSettings(epochs=1)) for s in (0, 1)]
         >>> sorted(summarize(seeds)["sam"]["difference_from_sgd"])
         ['mean', 'standard_error', 'values']

@@ -70,7 +70,7 @@ class FocalSAMTrainer(Trainer):
             already reduced), label smoothing beside a criterion, an optimizer that steps inside
             the backward pass, or ``nn.DataParallel``.
 
-    Example:
+    Examples:
         >>> from focal_sam import FocalSAM
         >>> from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
         >>> model = ViTForImageClassification(ViTConfig(

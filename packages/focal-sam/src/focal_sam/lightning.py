@@ -45,7 +45,7 @@ class FocalSAMMixin(LightningModule):
         clip_val: Bound of the gradient, ``None`` for none.
         clip_algorithm: ``"norm"`` or ``"value"``.
 
-    Example:
+    Examples:
         >>> from focal_sam import FocalSAM
         >>> from torch import nn, optim
         >>> class Classifier(FocalSAMMixin):

@@ -61,7 +61,7 @@ class LogitAdjustedLoss(nn.Module):
             shapes of logits and target do not fit.
         IndexError: When called with a label outside ``[0, C)`` on the CPU.
 
-    Example:
+    Examples:
         >>> import torch
         >>> criterion = LogitAdjustedLoss([90, 10])
         >>> criterion(torch.zeros(2, 2), torch.tensor([0, 1]))
@@ -119,7 +119,7 @@ class VSLoss(nn.Module):
             shapes of logits and target do not fit.
         IndexError: When called with a label outside ``[0, C)`` on the CPU.
 
-    Example:
+    Examples:
         >>> import torch
         >>> criterion = VSLoss([90, 10], gamma=0.3)
         >>> criterion(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
@@ -180,7 +180,7 @@ class LDAMLoss(nn.Module):
             target is soft or the shapes of logits and target do not fit.
         IndexError: When called with a label outside ``[0, C)`` on the CPU.
 
-    Example:
+    Examples:
         >>> import torch
         >>> criterion = LDAMLoss([160, 10], max_margin=0.5, scale=1.0)
         >>> criterion(torch.zeros(2, 2), torch.tensor([0, 1]))
@@ -243,7 +243,7 @@ class FocalLoss(nn.Module):
             target do not fit.
         IndexError: When called with a label outside ``[0, C)`` on the CPU.
 
-    Example:
+    Examples:
         >>> import torch
         >>> FocalLoss(gamma=2.0)(torch.zeros(1, 2), torch.tensor([0]))
         tensor([0.1733])
@@ -300,7 +300,7 @@ def class_balanced_weights(
     Raises:
         ValueError: If a count is below 1 or ``beta`` is not in ``[0, 1)``.
 
-    Example:
+    Examples:
         >>> class_balanced_weights([100, 10, 1], beta=0.9)
         tensor([0.2393, 0.3674, 2.3932], dtype=torch.float64)
     """
@@ -328,7 +328,7 @@ class ClassBalancedWeights(ClassWeights):
     Raises:
         ValueError: If a count is below 1 or ``beta`` is not in ``[0, 1)``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weights = ClassBalancedWeights([100, 10, 1], beta=0.9)
         >>> loss = torch.nn.CrossEntropyLoss(reduction="none")
@@ -358,7 +358,7 @@ class DRWSchedule:
     Raises:
         ValueError: If a count is below 1, ``beta`` is not in ``[0, 1)``, or an epoch is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> drw = DRWSchedule([100, 10, 1], start_epoch=160, beta=0.9)
         >>> target = torch.tensor([0, 2])

@@ -30,7 +30,7 @@ class FocalSAM(SharpnessMethod):
         check_labels: See `ClassWeights`.
         options: See `SharpnessMethod`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -73,7 +73,7 @@ class SAM(SharpnessMethod):
         rho: ρ.
         options: See `SharpnessMethod`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> SAM(model, rho=0.1).backward(lambda: model(torch.ones(3, 2)).squeeze(1)).skipped
@@ -94,7 +94,7 @@ class ASAM(SAM):
         adaptive_bias: The authors leave biases unscaled.
         options: See `SharpnessMethod`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> ASAM(model).backward(lambda: model(torch.ones(3, 2)).squeeze(1)).skipped
@@ -125,7 +125,7 @@ class ImbSAM(SharpnessMethod):
             formula 1.
         options: See `SharpnessMethod`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(4, 2)
         >>> ImbSAM(model, class_counts=[90, 10], rho=0.1).weights.values

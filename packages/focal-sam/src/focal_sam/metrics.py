@@ -5,7 +5,7 @@ arguments, because the literature draws them differently; `focal_sam.presets.sho
 those that Focal-SAM was evaluated with. `ShotAccuracy` is imported on first use, because
 torchmetrics takes seconds to import.
 
-Example:
+Examples:
     >>> from focal_sam.presets import get_preset
     >>> preset = get_preset("cifar10lt-resnet32")
     >>> counts = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]

@@ -37,7 +37,7 @@ class NormedLinear(nn.Module):
     Raises:
         InputError: If a size is below 1.
 
-    Example:
+    Examples:
         >>> head = NormedLinear(2, 2, scale=10.0)
         >>> _ = head.weight.data.copy_(torch.tensor([[5.0, 0.0], [0.0, 0.1]]))
         >>> head(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).detach()
@@ -85,7 +85,7 @@ def resnet32_cifar(num_classes: int, *, normed: bool = False) -> nn.Module:
     Raises:
         InputError: If `num_classes` is below 1.
 
-    Example:
+    Examples:
         >>> model = resnet32_cifar(10)
         >>> model(torch.zeros(2, 3, 32, 32)).shape, sum(p.numel() for p in model.parameters())
         (torch.Size([2, 10]), 464154)
@@ -105,7 +105,7 @@ def small_cnn(num_classes: int, in_channels: int = 3, width: int = 16) -> nn.Mod
     Raises:
         InputError: If a size is below 1.
 
-    Example:
+    Examples:
         >>> small_cnn(10, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
@@ -134,7 +134,7 @@ def mlp(in_features: int, hidden: Sequence[int], num_classes: int) -> nn.Sequent
     Raises:
         InputError: If a size is below 1.
 
-    Example:
+    Examples:
         >>> model = mlp(64, [64, 64], 10)
         >>> model(torch.zeros(2, 8, 8)).shape, sum(p.numel() for p in model.parameters())
         (torch.Size([2, 10]), 8970)
@@ -168,7 +168,7 @@ def create_model(
             classes.
         MissingExtraError: If torchvision or transformers is needed and not installed.
 
-    Example:
+    Examples:
         >>> create_model("mlp", 10, in_features=64, hidden=[64, 64])(torch.zeros(2, 64)).shape
         torch.Size([2, 10])
     """

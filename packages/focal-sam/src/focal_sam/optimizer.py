@@ -59,7 +59,7 @@ class SAMOptimizer(Optimizer):
     Raises:
         TypeError: If `base` is neither, or options come with a built optimizer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from focal_sam import FocalSAM
         >>> model = torch.nn.Linear(4, 2)

@@ -44,7 +44,7 @@ def plot_class_weights(
     Raises:
         InputError: If there is nothing to draw or the numbers of classes differ.
 
-    Example:
+    Examples:
         >>> from focal_sam.weights import FocalWeights
         >>> weights = FocalWeights([500, 100, 20], gamma=2.0, lam=0.8)
         >>> figure = plot_class_weights(weights)
@@ -114,7 +114,7 @@ def plot_sharpness_bars(
     Raises:
         InputError: If there is nothing to draw, or the results differ in kind or in groups.
 
-    Example:
+    Examples:
         >>> from focal_sam.analysis import class_sharpness
         >>> model = torch.nn.Linear(4, 3)
         >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
@@ -193,7 +193,7 @@ def plot_spectrum(spectrum: ClassSpectrum, *, floor: float = 1e-5) -> "Figure":
     Raises:
         InputError: If no group has samples, or `floor` is not positive.
 
-    Example:
+    Examples:
         >>> from focal_sam.analysis import class_spectrum
         >>> model = torch.nn.Linear(4, 3)
         >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
@@ -239,7 +239,7 @@ def plot_loss_surface(surfaces: LossSurface | Mapping[str, LossSurface]) -> "Fig
     Raises:
         InputError: If there is nothing to draw or the groups differ.
 
-    Example:
+    Examples:
         >>> from focal_sam.analysis import loss_surface_2d
         >>> model = torch.nn.Linear(4, 3)
         >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]

@@ -45,7 +45,7 @@ def shot_thresholds(dataset: str, imbalance_ratio: int | float | None = None) ->
     Raises:
         InputError: If there are no edges for this data set and ratio.
 
-    Example:
+    Examples:
         >>> shot_thresholds("CIFAR-10-LT", 50)
         (200, 1500)
     """
@@ -115,7 +115,7 @@ class Preset:
         seed: Of the subset and the training.
         reported: What the paper reports for the data set and the model.
 
-    Example:
+    Examples:
         >>> get_preset("cifar10lt-resnet32").gamma
         3.0
     """
@@ -149,7 +149,7 @@ class Preset:
     def describe(self) -> dict[str, Any]:
         """All settings as a dictionary that `json` can write.
 
-        Example:
+        Examples:
             >>> get_preset("imagenetlt-resnet50").describe()["rho_late"]
             0.2
         """
@@ -162,7 +162,7 @@ def get_preset(name: str) -> Preset:
     Raises:
         InputError: If there is none; the message lists the names.
 
-    Example:
+    Examples:
         >>> get_preset("cifar100lt-clip").dataset
         'CIFAR-100-LT'
     """

@@ -39,7 +39,7 @@ class RhoScheduler:
     Raises:
         ValueError: If ρ is negative or not finite, at the epoch where it is.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from focal_sam.methods import SAM
         >>> sam = SAM(torch.nn.Linear(2, 2))
@@ -102,7 +102,7 @@ class StepRho(RhoScheduler):
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from focal_sam.methods import SAM
         >>> scheduler = StepRho(SAM(torch.nn.Linear(2, 2)), epochs=5)
@@ -145,7 +145,7 @@ class LinearRho(RhoScheduler):
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from focal_sam.methods import SAM
         >>> scheduler = LinearRho(SAM(torch.nn.Linear(2, 2)), epochs=3, start=0.05, end=0.25)

@@ -147,7 +147,7 @@ class SharpnessMethod:
     Raises:
         ValueError: If an argument is out of range, or nothing is trainable.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 3)
         >>> method = SharpnessMethod(model, torch.tensor([0.1, 0.4, 0.8]), rho=0.2)
         >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
@@ -320,7 +320,7 @@ class SharpnessMethod:
 
         ``p.grad`` is left alone. Give the result to `perturbed`.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(2, 1)
             >>> method = SharpnessMethod(model, 1.0, rho=0.1)
             >>> before = model.weight.clone()
@@ -342,7 +342,7 @@ class SharpnessMethod:
             losses: ``[B]``, with their graph.
             target: See `backward`.
 
-        Example:
+        Examples:
             >>> method = SharpnessMethod(torch.nn.Linear(2, 1), torch.tensor([0.25, 1.0]), rho=0.1)
             >>> losses = torch.tensor([4.0, 2.0], requires_grad=True)
             >>> weighted, rest = method.split(losses, torch.tensor([0, 1]))

@@ -148,7 +148,7 @@ class TrainSettings:
         Raises:
             InputError: If there is no such preset, or it needs images that are not given.
 
-        Example:
+        Examples:
             >>> TrainSettings.from_preset("cifar100lt-resnet32", epochs=2).gamma
             3.2
         """
@@ -169,7 +169,7 @@ def create_method(
 ) -> SharpnessMethod:
     """The sharpness method that the settings name; for ``sgd``, one with ρ = 0.
 
-    Example:
+    Examples:
         >>> settings = TrainSettings("digits", method="imbsam", rho=0.3)
         >>> type(create_method(settings, nn.Linear(2, 2), [50, 5])).__name__
         'ImbSAM'
@@ -192,7 +192,7 @@ def create_method(
 def create_loss(name: str, class_counts: list[int]) -> nn.Module:
     """The per-sample loss of that name.
 
-    Example:
+    Examples:
         >>> create_loss("la", [50, 5])(torch.zeros(1, 2), torch.tensor([1])).shape
         torch.Size([1])
     """
@@ -254,7 +254,7 @@ def evaluate(
         device: Where the model is; by default the CPU.
         workers: Processes that load images.
 
-    Example:
+    Examples:
         >>> data = load_data("digits", transform="none")
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
         >>> sorted(evaluate(model, data.test, data.counts))[:3]

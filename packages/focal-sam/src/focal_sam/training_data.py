@@ -41,7 +41,7 @@ class ImageData:
 def to_tensor(image: Any) -> Tensor:
     """A PIL image in RGB mode as a float32 tensor ``[3, height, width]`` around 0.
 
-    Example:
+    Examples:
         >>> import PIL.Image
         >>> to_tensor(PIL.Image.new("RGB", (8, 6), (255, 255, 255))).mean()
         tensor(1.)
@@ -88,7 +88,7 @@ def load_data(
         InputError: If one list comes without the other, the test set has other classes, or the
             data cannot be loaded.
 
-    Example:
+    Examples:
         >>> data = load_data("digits", transform="none", imbalance_ratio=20)
         >>> data.counts
         [138, 98, 70, 50, 36, 26, 18, 13, 9, 6]

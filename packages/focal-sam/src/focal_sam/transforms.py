@@ -41,7 +41,7 @@ def image_transform(name: str, *, train: bool) -> Callable[[Any], Any]:
         InputError: If the name is unknown.
         MissingExtraError: If torchvision is not installed.
 
-    Example:
+    Examples:
         >>> import PIL.Image
         >>> image = PIL.Image.new("RGB", (320, 240))
         >>> image_transform("clip", train=False)(image).shape

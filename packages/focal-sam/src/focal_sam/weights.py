@@ -38,7 +38,7 @@ class ClassWeights(PerClass):
     Raises:
         ValueError: If the values are not one finite number per class.
 
-    Example:
+    Examples:
         >>> ClassWeights(torch.tensor([0.1, 0.5]))(torch.tensor([1, 0, 1]))
         tensor([0.5000, 0.1000, 0.5000])
     """
@@ -60,7 +60,7 @@ class ClassWeights(PerClass):
     def uniform(self, tolerance: float = 0.0) -> float | None:
         """The mean weight if all weights lie within a relative `tolerance` of it, else ``None``.
 
-        Example:
+        Examples:
             >>> ClassWeights(torch.ones(3)).uniform()
             1.0
         """
@@ -129,7 +129,7 @@ class FocalWeights(ClassWeights):
         UserWarning: If γ > 0 but the weights differ by less than 5 %: then this is λ-weighted SAM
             in all but name, as with the paper's own settings for a thousand classes and more.
 
-    Example:
+    Examples:
         >>> FocalWeights([90, 10], gamma=2.0, lam=1.0).values
         tensor([0.0100, 0.8100], dtype=torch.float64)
     """
@@ -187,7 +187,7 @@ class FocalWeights(ClassWeights):
             (``head``, ``tail``), and the highest over the lowest of those classes (``spread``,
             infinite where only the lowest is 0).
 
-        Example:
+        Examples:
             >>> FocalWeights([90, 10], gamma=2.0, lam=1.0).describe()["tail"]
             0.81
         """
@@ -218,7 +218,7 @@ def suggest_gamma(class_counts: ClassCounts, head_weight: float) -> float:
         ValueError: If `head_weight` is outside (0, 1], a count is negative, or only one class has
             samples.
 
-    Example:
+    Examples:
         >>> round(suggest_gamma([90, 10], 0.01), 6)
         2.0
     """
@@ -244,7 +244,7 @@ def tail_weights(class_counts: ClassCounts, threshold: int) -> Float[Tensor, " c
     Raises:
         ValueError: If a count is below 1 or `threshold` is negative.
 
-    Example:
+    Examples:
         >>> tail_weights([90, 10], 20)
         tensor([0., 1.], dtype=torch.float64)
     """

@@ -296,7 +296,7 @@ def fingerprint(model: "GMSAModel") -> str:
     rounded to bfloat16, and their number enter, so it takes little time and is the same after
     saving in bfloat16 and loading in float32.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from gmsa import GMSAConfig, GMSAModel
@@ -333,7 +333,7 @@ def base_fingerprint(decoder: nn.Module) -> str | None:
 
     ``None`` where the weights are not all here (another process holds them, or nobody yet).
 
-    Example:
+    Examples:
         >>> from gmsa.demo_base import tiny_model
         >>> base_fingerprint(tiny_model(0)) == base_fingerprint(tiny_model(1))
         False

@@ -33,7 +33,7 @@ def check_baselines(text: str | None) -> list[str]:
     Raises:
         InputError: If there is no such baseline.
 
-    Example:
+    Examples:
         >>> check_baselines("full,truncation")
         ['full', 'truncation']
     """
@@ -56,7 +56,7 @@ def truncate(text: str, tokenizer: Any, rate: int, *, keep: str = "start") -> st
     Raises:
         InputError: If `keep` is not accepted.
 
-    Example:
+    Examples:
         >>> from gmsa.demo_base import tokenizer
         >>> truncate("ba be bi bo bu", tokenizer(), 2, keep="end")
         'bi bo bu'
@@ -112,7 +112,7 @@ def shorten(
     Raises:
         InputError: If there is no such baseline.
 
-    Example:
+    Examples:
         >>> shorten("closed-book", None)("a text", 4)
         ''
     """

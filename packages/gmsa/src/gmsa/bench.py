@@ -84,7 +84,7 @@ class OfficialStyle(nn.Module):
     Args:
         model: The compressor, on a Llama.
 
-    Example:
+    Examples:
         >>> model = _model(2, 64, 50, 1, torch.device("cpu"))
         >>> ids = torch.arange(2, 12)[None]
         >>> soft = OfficialStyle(model).compress(ids, 4)
@@ -173,7 +173,7 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def largest_tensor(call: Callable[[], object]) -> int:
     """Elements of the largest tensor that a call makes, views apart.
 
-    Example:
+    Examples:
         >>> largest_tensor(lambda: torch.ones(3, 4) + 1)
         12
     """
@@ -496,7 +496,7 @@ def check_cases(text: str) -> list[str]:
     Raises:
         InputError: If there is no such case.
 
-    Example:
+    Examples:
         >>> check_cases("merge,store")
         ['merge', 'store']
     """
@@ -520,7 +520,7 @@ def run_case(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
 def against_targets(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a target: what was measured, what was wanted, and whether it was met.
 
-    Example:
+    Examples:
         >>> against_targets({"merge": {"loop over ours, time": 2.0}})[0]["met"]
         'yes'
     """
@@ -542,7 +542,7 @@ def against_targets(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def latency_figure(rows: list[dict[str, Any]]) -> Any:
     """A figure of the seconds to an answer by context length.
 
-    Example:
+    Examples:
         >>> rows = [{"n": 64, "way": "full prompt", "rate": 1, "first": 1.0, "total": 2.0}]
         >>> latency_figure(rows).axes[0].get_xlabel()
         'tokens of the context'

@@ -48,7 +48,7 @@ class GMSACompressor:
         model: The model.
         tokenizer: The base model's tokenizer.
 
-    Example:
+    Examples:
         >>> from gmsa.demo import tiny_compressor
         >>> compressor = tiny_compressor()
         >>> compressor.report("ba be bi bo bu", rate=2)

@@ -52,7 +52,7 @@ class GMSAConfig(PretrainedConfig):
     Raises:
         InputError: If a value is not accepted.
 
-    Example:
+    Examples:
         >>> GMSAConfig(encoder_layers=2, rates=(4,)).alignment
         'lsa'
     """

@@ -37,7 +37,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         InputError: If it cannot be read, or is not UTF-8.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "a.txt"
         >>> _ = path.write_text("ba be")
         >>> read_text(path)
@@ -59,7 +59,7 @@ def read_documents(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
     Raises:
         InputError: If a file cannot be read, or an id occurs twice.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "a.txt"
         >>> _ = path.write_text("ba be")
         >>> read_documents([path])
@@ -94,7 +94,7 @@ def read_records(
         InputError: If the file cannot be read or has no record; with the line's number if a line
             is no JSON object, lacks a field, or a field is of the wrong type.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "a.jsonl"
         >>> _ = path.write_text('{"input": "ba be", "prompt": "ba", "answer": ["be"]}')
         >>> read_records(path)[0]["answer"]
@@ -176,7 +176,7 @@ class AutoencodingDataset(_Samples):
     Raises:
         InputError: If a context is empty, or the instruction leaves no room for it.
 
-    Example:
+    Examples:
         >>> from gmsa.demo import tiny_compressor
         >>> data = AutoencodingDataset(["ba be bi"], tiny_compressor().tokenizer, 3, "Restate")
         >>> len(data[0]["context"]), data[0]["target"] == data[0]["context"]
@@ -217,7 +217,7 @@ class QADataset(_Samples):
         InputError: Naming the record that lacks a field, has no answer, or whose question leaves no
             room for its context.
 
-    Example:
+    Examples:
         >>> from gmsa.demo import tiny_compressor
         >>> record = {"input": "ba be bi", "prompt": "ba", "answer": ["", "be bi"]}
         >>> data = QADataset([record], tiny_compressor().tokenizer)
@@ -259,7 +259,7 @@ class GMSADataCollator:
     Raises:
         InputError: If a rate or `sampling` is not accepted.
 
-    Example:
+    Examples:
         >>> collate = GMSADataCollator(0, [2, 4])
         >>> row = {"context": [5, 6, 7], "prompt": [8], "target": [5, 6, 7], "epoch": 0}
         >>> batch = collate([{**row, "index": i} for i in range(4)])

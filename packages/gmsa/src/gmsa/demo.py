@@ -100,7 +100,7 @@ class DemoSettings:
 def tiny_compressor(seed: int = 0) -> GMSACompressor:
     """An untrained compressor over words of two letters, to try the interface with.
 
-    Example:
+    Examples:
         >>> tiny_compressor().compress("ba be bi", rate=2).lengths
         tensor([2])
     """
@@ -186,7 +186,7 @@ def run_method(
         accuracy after it) in [0, 1]; for GMSA also ``qa before tuning``, ``example`` and the
         autoencoding stage's ``losses``.
 
-    Example:
+    Examples:
         >>> run_method("truncation", 0, DemoSettings(items=8)).keys()
         dict_keys(['qa'])
     """
@@ -371,7 +371,7 @@ def table(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[s
     Args:
         results: By method and seed, what `run_method` gave.
 
-    Example:
+    Examples:
         >>> table({"GMSA": {0: {"qa": 0.5, "restated": 0.8}}})[0]["answered %"]
         50.0
     """

@@ -50,7 +50,7 @@ def facts(rows: int, count: int, generator: torch.Generator) -> tuple[Tensor, Te
         Contexts ``[rows, 7 count]``, questions ``[rows, 5]`` (restate, name, relation) and answers
         ``[rows, 2]``.
 
-    Example:
+    Examples:
         >>> context, question, answer = facts(2, 3, torch.Generator().manual_seed(0))
         >>> context.shape, question.shape, answer.shape
         (torch.Size([2, 21]), torch.Size([2, 5]), torch.Size([2, 2]))
@@ -76,7 +76,7 @@ def facts(rows: int, count: int, generator: torch.Generator) -> tuple[Tensor, Te
 def tiny_model(seed: int = 0) -> Any:
     """An untrained Llama of 0.1 million parameters.
 
-    Example:
+    Examples:
         >>> tiny_model().config.num_hidden_layers
         3
     """
@@ -103,7 +103,7 @@ def tiny_model(seed: int = 0) -> Any:
 def tokenizer() -> Any:
     """The language's tokenizer: words of two letters.
 
-    Example:
+    Examples:
         >>> tokenizer()("ba be .", add_special_tokens=False)["input_ids"]
         [6, 7, 4]
     """
@@ -169,7 +169,7 @@ def train_base(
         count: Facts of the longest contexts.
         tick: Called after each step.
 
-    Example:
+    Examples:
         >>> train_base(1).training
         False
     """
@@ -226,7 +226,7 @@ def load_base() -> Any:
     Raises:
         InputError: If its weights are missing or damaged.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in load_base().parameters())
         129472
     """

@@ -33,7 +33,7 @@ class Predictions:
     Raises:
         InputError: If there is one and it is not to be resumed, or was made with other settings.
 
-    Example:
+    Examples:
         >>> folder = getfixture("tmp_path")
         >>> rows = Predictions(folder, {})
         >>> list(rows.fill("gmsa", 4, 2, lambda some: [{"text": str(i)} for i in some], 1))
@@ -130,7 +130,7 @@ def predict(
     Raises:
         InputError: If there is nothing to resume, or it was another run.
 
-    Example:
+    Examples:
         >>> predict("answer", {}, None, 2, lambda some: [{"text": str(i)} for i in some])
         [{'text': '0'}, {'text': '1'}]
     """
@@ -147,7 +147,7 @@ def predict(
 def finish(out: Path | None, metrics: Mapping[str, Any]) -> None:
     """Write a command's metrics into a run's folder, where there is one.
 
-    Example:
+    Examples:
         >>> finish(None, {})
     """
     if out is not None:
@@ -310,7 +310,7 @@ def evaluate_reconstruction(
 def qa_figure(table: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Any:
     """A figure of scores by rate, a line a method and a panel a score.
 
-    Example:
+    Examples:
         >>> rows = [{"method": "gmsa", "rate": 4, "em": 0.5}]
         >>> qa_figure(rows, ["em"]).axes[0].get_ylabel()
         'em'

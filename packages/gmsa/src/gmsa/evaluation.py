@@ -25,7 +25,7 @@ def qa_metrics(
     Raises:
         InputError: If there are none, or numbers differ.
 
-    Example:
+    Examples:
         >>> qa_metrics(["in Paris"], [["Paris", "Paris, France"]])["sub_em"]
         1.0
     """
@@ -44,7 +44,7 @@ def qa_metrics(
 def prefix_match(predicted: Sequence[int], reference: Sequence[int]) -> float:
     """Length of the longest common prefix over the reference's length.
 
-    Example:
+    Examples:
         >>> prefix_match([1, 2, 9], [1, 2, 3, 4])
         0.5
     """
@@ -74,7 +74,7 @@ def reconstruction_metrics(
         InputError: If there are none, or numbers differ.
         MissingExtraError: If BLEU is asked for and sacrebleu is not installed.
 
-    Example:
+    Examples:
         >>> reconstruction_metrics([[1, 2, 3]], [[1, 2, 4]])["exact"]
         0.0
     """

@@ -23,7 +23,7 @@ def launch_file(name: str) -> str:
     Raises:
         InputError: If there is none of that name.
 
-    Example:
+    Examples:
         >>> "distributed_type: FSDP" in launch_file("fsdp2")
         True
     """
@@ -35,7 +35,7 @@ def launch_file(name: str) -> str:
 def list_presets() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """All presets, whole and as rows of a table.
 
-    Example:
+    Examples:
         >>> list_presets()[1][0]["rates"]
         '4,8'
     """
@@ -60,7 +60,7 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, Any]:
     Raises:
         InputError: If it is neither.
 
-    Example:
+    Examples:
         >>> from gmsa.demo import tiny_compressor
         >>> folder = getfixture("tmp_path") / "saved"
         >>> tiny_compressor().model.save_pretrained(folder)

@@ -48,7 +48,7 @@ def label_cross_entropy(
 
     Source: L_AE and L_FT of the paper.
 
-    Example:
+    Examples:
         >>> hidden = torch.eye(3)[None]
         >>> labels = torch.tensor([[-100, 0, 2]])
         >>> label_cross_entropy(hidden, labels, lambda h: 10 * h)[1:]

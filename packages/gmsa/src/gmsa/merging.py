@@ -30,7 +30,7 @@ def as_rates(rate: Rate, rows: int, device: torch.device | None = None) -> Int[T
     Raises:
         InputError: If a rate is not a whole number or below 1, or there is not one a row.
 
-    Example:
+    Examples:
         >>> as_rates(4, 2)
         tensor([4, 4])
     """
@@ -63,7 +63,7 @@ def num_groups(num_tokens: Int[Tensor, "B"], rate: Rate) -> Int[Tensor, "B"]:
         num_tokens: Valid tokens n of each row ``[B]``.
         rate: Compression rate r, one number or one a row.
 
-    Example:
+    Examples:
         >>> num_groups(torch.tensor([8, 9, 0]), 4)
         tensor([2, 3, 0])
     """
@@ -84,7 +84,7 @@ def compact_rows(
         The mask ``[B, m]`` and the values ``[B, m, ...]``, zero where the mask is not set; m is
         the largest number of valid entries.
 
-    Example:
+    Examples:
         >>> compact_rows(torch.tensor([[False, True, True]]), torch.tensor([[9, 5, 6]]))
         (tensor([[True, True]]), tensor([[5, 6]]))
     """
@@ -121,7 +121,7 @@ def group_merge(
 
     Source: section 2.3 of the paper, "average pooling of equal groups".
 
-    Example:
+    Examples:
         >>> hidden = torch.tensor([[[1.0], [3.0], [8.0]]])
         >>> group_merge(hidden, rate=2)
         (tensor([[[2.], [8.]]]), tensor([[True, True]]))

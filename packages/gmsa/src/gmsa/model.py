@@ -68,7 +68,7 @@ class GMSAModel(PreTrainedModel):
         memory: The memory tokens' embeddings; ``None`` but for ``merging="memory"``.
         decoder: A plain causal language model of transformers.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> backbone = LlamaForCausalLM(LlamaConfig(
         ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,

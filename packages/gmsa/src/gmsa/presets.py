@@ -94,7 +94,7 @@ def get_preset(name: str) -> Preset:
     Raises:
         InputError: If there is none; the message lists them.
 
-    Example:
+    Examples:
         >>> get_preset("qwen3-4b-4x8x").rates
         (4, 8)
     """

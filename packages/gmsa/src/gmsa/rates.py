@@ -16,7 +16,7 @@ def check_rates(rates: Sequence[int], name: str = "rates") -> list[int]:
     Raises:
         InputError: If they are not.
 
-    Example:
+    Examples:
         >>> check_rates((4, 8))
         [4, 8]
     """
@@ -32,7 +32,7 @@ def parse_rates(text: str) -> list[int]:
     Raises:
         InputError: If one is not a whole number from 1 on.
 
-    Example:
+    Examples:
         >>> parse_rates("4,8")
         [4, 8]
     """
@@ -59,7 +59,7 @@ def draw_rate(rates: Sequence[int], seed: int, epoch: int, index: int) -> int:
     Raises:
         InputError: If a rate is not a whole number from 1 on.
 
-    Example:
+    Examples:
         >>> [draw_rate([4, 8], seed=0, epoch=0, index=i) for i in range(6)]
         [4, 8, 4, 4, 4, 8]
     """

@@ -30,7 +30,7 @@ def join_rows(
     Raises:
         InputError: If there is no part, or parts differ in batch size, width, dtype or device.
 
-    Example:
+    Examples:
         >>> yes = torch.tensor([[True, True], [True, False]])
         >>> a, b = torch.tensor([[1, 2], [3, 0]]), torch.tensor([[4, 5], [6, 0]])
         >>> join_rows([(a, yes), (b, yes)])[0]

@@ -34,7 +34,7 @@ class SoftTokens:
     Raises:
         InputError: If the shapes do not belong together.
 
-    Example:
+    Examples:
         >>> soft = SoftTokens(
         ...     torch.zeros(1, 3, 8), torch.ones(1, 3, dtype=torch.bool),
         ...     torch.tensor([4]), torch.tensor([10]))

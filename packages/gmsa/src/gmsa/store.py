@@ -50,7 +50,7 @@ class SoftTokenStore:
         StoreMismatchError: If the store was written by another compressor.
         InputError: If the index is damaged or the dtype unknown.
 
-    Example:
+    Examples:
         >>> from gmsa.demo import tiny_compressor
         >>> compressor = tiny_compressor()
         >>> store = SoftTokenStore(getfixture("tmp_path") / "store", compressor, dtype="float32")

@@ -33,7 +33,7 @@ class StreamingCompressor:
     Raises:
         InputError: If the rate is not accepted or the model has memory tokens.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from gmsa import GMSAConfig
         >>> backbone = LlamaForCausalLM(LlamaConfig(

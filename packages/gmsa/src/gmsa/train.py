@@ -98,7 +98,7 @@ class TrainSettings:
         Raises:
             InputError: If there is no such preset, or what it leaves open is not among the changes.
 
-        Example:
+        Examples:
             >>> TrainSettings.from_preset("qwen3-4b-4x8x", "keft", train_file="qa.jsonl").lr
             1e-05
         """
@@ -117,7 +117,7 @@ class TrainSettings:
 def sharded() -> bool:
     """Whether accelerate will shard the parameters (FSDP or DeepSpeed).
 
-    Example:
+    Examples:
         >>> sharded()
         False
     """
@@ -280,7 +280,7 @@ def _report(trainer: Any, run: RunFolder) -> dict[str, Any]:
 def curve(history: list[Mapping[str, Any]]) -> Any:
     """A figure of loss and token accuracy by step.
 
-    Example:
+    Examples:
         >>> curve([{"step": 1, "loss": 2.0, "token_accuracy": 0.1}]).axes[1].get_ylabel()
         'token accuracy'
     """
@@ -317,7 +317,7 @@ def settings_from(given: Mapping[str, Any], stage: str, preset: str | None) -> T
     Raises:
         InputError: If model or data are missing.
 
-    Example:
+    Examples:
         >>> settings_from({"model": "m", "train_file": "t.txt", "lr": None}, "keft", None).lr
         1e-05
     """

@@ -41,7 +41,7 @@ class GMSATrainer(Trainer):
     Raises:
         InputError: If the stage is not accepted, or workers are to outlive an epoch.
 
-    Example:
+    Examples:
         >>> from gmsa.data import AutoencodingDataset, GMSADataCollator
         >>> from gmsa.demo import tiny_compressor
         >>> from transformers import TrainingArguments

@@ -15,7 +15,7 @@ class InterNegOOD:
     Args:
         detector: A detector; its score S in [0, 1] comes out as -S.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from internet_neg import InterNegConfig
         >>> detector = InterNegDetector.from_features(

@@ -21,7 +21,7 @@ class NegativeBank:
         device: Where they lie.
         dtype: ``torch.float32``, or ``torch.float16`` as the published code.
 
-    Example:
+    Examples:
         >>> bank = NegativeBank(capacity=2, dim=2)
         >>> bank.insert(torch.eye(2), torch.tensor([0.1, 0.3]), torch.tensor([7, 8]))
         >>> bank.insert(torch.ones(1, 2), torch.tensor([0.2]), torch.tensor([9]))

@@ -23,7 +23,7 @@ class NegLabelDetector(InterNegDetector):
     Its own settings are ``InterNegConfig(negatives=10_000, groups=100)``; the percentile is that of
     ``percentile_mode``.
 
-    Example:
+    Examples:
         >>> from internet_neg import InterNegConfig
         >>> detector = NegLabelDetector.from_features(
         ...     torch.eye(3)[:1], torch.eye(3)[:1], torch.eye(3)[1:],
@@ -65,7 +65,7 @@ class MCMDetector(InterNegDetector):
 
     `config.temperature` divides the cosines; None is 1, the method's own.
 
-    Example:
+    Examples:
         >>> detector = MCMDetector(None, ["a", "b"]).fit_texts(torch.eye(2))
         >>> detector.predict(features=torch.eye(2)).score.tolist()
         [0.7310585, 0.7310585]

@@ -47,7 +47,7 @@ class InterNegConfig:
     Raises:
         InterNegError: If a value is out of range.
 
-    Example:
+    Examples:
         >>> InterNegConfig(groups=1).beta
         0.35
     """
@@ -111,7 +111,7 @@ class InterNegConfig:
     def to_dict(self) -> dict[str, Any]:
         """All settings, JSON-ready.
 
-        Example:
+        Examples:
             >>> InterNegConfig.from_dict(InterNegConfig(beta=0.2).to_dict()).beta
             0.2
         """

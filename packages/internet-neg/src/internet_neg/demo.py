@@ -104,7 +104,7 @@ class SeedResult:
 def demo_vocabulary() -> Vocabulary:
     """Words and short phrases about shapes 0 to 11 and colors 0 to 8, fills and backgrounds.
 
-    Example:
+    Examples:
         >>> words = demo_vocabulary()
         >>> any(SHAPES[15] in word or COLORS[11] in word for word in words.nouns)
         False

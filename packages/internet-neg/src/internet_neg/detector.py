@@ -53,7 +53,7 @@ class InterNegDetector:
     Raises:
         InterNegError: If class names are blank or repeated.
 
-    Example:
+    Examples:
         >>> from internet_neg.mini_clip import build_mini_clip
         >>> encoder = build_mini_clip()  # untrained: its texts stand in for images here
         >>> proxies = encoder.encode_text(["The nice red star.", "The nice blue bar."])
@@ -159,7 +159,7 @@ class InterNegDetector:
             vocabulary: The candidates' words, for reports.
             encoder: Needed for the stream's extra negatives.
 
-        Example:
+        Examples:
             >>> detector = InterNegDetector.from_features(
             ...     torch.eye(3)[:1], torch.eye(3)[:1], torch.eye(3)[1:],
             ...     config=InterNegConfig(text_only=True, negatives=2, groups=1),

@@ -239,7 +239,7 @@ class OpenClipEncoder(_Encoder):
     Raises:
         InterNegError: If the tokenizer does not end texts where the text tower reads them.
 
-    Example:
+    Examples:
         >>> from internet_neg.mini_clip import build_mini_clip
         >>> encoder = build_mini_clip()  # an OpenClipEncoder
         >>> encoder.encode_text(["a red star", "a blue bar on a wavy background"]).shape
@@ -390,7 +390,7 @@ class HFClipEncoder(_Encoder):
         preprocess: Turns a PIL image into a tensor.
         placeholder: A word that is one token, if not found by itself.
 
-    Example:
+    Examples:
         >>> HFClipEncoder.from_pretrained("openai/clip-vit-base-patch16")  # doctest: +SKIP
     """
 

@@ -8,7 +8,7 @@ __all__ = ["InterNegError", "NoAdmissibleNegativesError", "NotFittedError"]
 class InterNegError(InputError):
     """Bad input: what was wrong, what is accepted, what to do.
 
-    Example:
+    Examples:
         >>> issubclass(InterNegError, ValueError)
         True
     """
@@ -17,7 +17,7 @@ class InterNegError(InputError):
 class NotFittedError(InterNegError):
     """A detector was asked for scores before it saw the known classes.
 
-    Example:
+    Examples:
         >>> print(NotFittedError())
         the detector has not seen the known classes yet; call fit first
     """
@@ -29,7 +29,7 @@ class NotFittedError(InterNegError):
 class NoAdmissibleNegativesError(InterNegError):
     """No word of the vocabulary is farther from every class than the class's own name.
 
-    Example:
+    Examples:
         >>> issubclass(NoAdmissibleNegativesError, InterNegError)
         True
     """

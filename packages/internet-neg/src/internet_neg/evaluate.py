@@ -69,7 +69,7 @@ def run_stream(
         seed: Of the order; None keeps the given one.
         update: Whether the detector learns from the stream.
 
-    Example:
+    Examples:
         >>> from internet_neg import InterNegConfig
         >>> detector = InterNegDetector.from_features(
         ...     torch.eye(3)[:1], torch.eye(3)[:1], torch.eye(3)[1:],
@@ -197,7 +197,7 @@ def read_imglist(
     Raises:
         InterNegError: If it is missing, or a line is not of that form.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "list.txt"
         >>> _ = path.write_text("a/x y.jpg 3\nb.jpg -1\n")
         >>> [file.name for file in read_imglist(path, "images")[0]]

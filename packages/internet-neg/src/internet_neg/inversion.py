@@ -53,7 +53,7 @@ class InversionTemplates:
     Raises:
         InterNegError: If the placeholder is not exactly one token of some template.
 
-    Example:
+    Examples:
         >>> from internet_neg.mini_clip import build_mini_clip
         >>> InversionTemplates(build_mini_clip(), ["a photo of a {}", "{}"]).ids.shape
         torch.Size([2, 7])
@@ -136,7 +136,7 @@ def invert_images(
     Raises:
         InterNegError: If an argument is out of range or has the wrong shape.
 
-    Example:
+    Examples:
         >>> from internet_neg.mini_clip import build_mini_clip
         >>> encoder = build_mini_clip()
         >>> images = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -190,7 +190,7 @@ def invert_images(
 def imagenet_templates() -> list[str]:
     """The 80 templates that CLIP was evaluated with on ImageNet, from open_clip.
 
-    Example:
+    Examples:
         >>> templates = imagenet_templates()
         >>> len(templates), templates[0]
         (80, 'a bad photo of a {}.')

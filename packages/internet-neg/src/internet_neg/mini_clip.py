@@ -76,7 +76,7 @@ def build_mini_clip(words: tuple[str, ...] = WORDS, *, seed: int = 0) -> OpenCli
         words: Its whole vocabulary; other words are unknown to it.
         seed: Of the weights.
 
-    Example:
+    Examples:
         >>> encoder = build_mini_clip()
         >>> encoder.placeholder[0], encoder.dim
         ('$', 64)
@@ -108,7 +108,7 @@ def train_mini_clip(
     Returns:
         The encoder and the history of the loss.
 
-    Example:
+    Examples:
         >>> encoder, history = train_mini_clip(steps=1, images=300)
         >>> history[0]["loss"] > 0
         True
@@ -141,7 +141,7 @@ def load_mini_clip(
     Raises:
         InterNegError: If it is not there or damaged.
 
-    Example:
+    Examples:
         >>> folder = getfixture("tmp_path")
         >>> save_mini_clip(folder, build_mini_clip(seed=3))
         >>> load_mini_clip(folder).fingerprint() == build_mini_clip(seed=3).fingerprint()

@@ -34,7 +34,7 @@ def load_encoder(
     Raises:
         InterNegError: If it cannot be loaded.
 
-    Example:
+    Examples:
         >>> load_encoder("ViT-B-16")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         internet_neg.errors.InterNegError: which weights for ViT-B-16? give --pretrained ...

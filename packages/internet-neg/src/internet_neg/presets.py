@@ -161,7 +161,7 @@ def get_benchmark(name: str) -> Benchmark:
     Raises:
         InterNegError: If there is none of that name.
 
-    Example:
+    Examples:
         >>> get_benchmark("imagenet-near").config.groups
         1
     """
@@ -176,7 +176,7 @@ def imagenet_classnames() -> list[str]:
     Two of them come twice (missile, sunglasses); the second gets a space at its end, which
     tokenizers do not see.
 
-    Example:
+    Examples:
         >>> names = imagenet_classnames()
         >>> len(set(names)), len({name.strip() for name in names})
         (1000, 998)

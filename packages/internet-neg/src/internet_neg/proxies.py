@@ -46,7 +46,7 @@ def class_proxies(
     Raises:
         InterNegError: If a label is out of range, or a class has no image.
 
-    Example:
+    Examples:
         >>> class_proxies(torch.eye(2), torch.tensor([0, 0]), ["a"])
         tensor([[0.7071, 0.7071]])
     """
@@ -86,7 +86,7 @@ def stream_proxies(
         scale: s.
         shots: Images a class.
 
-    Example:
+    Examples:
         >>> stream_proxies(torch.eye(3)[:1], torch.eye(3)[:2], scale=100.0)
         tensor([[1., 0., 0.],
                 [0., 1., 0.]])
@@ -161,7 +161,7 @@ def embed_images(
     Raises:
         InterNegError: If an image is missing or cannot be decoded.
 
-    Example:
+    Examples:
         >>> from internet_neg.mini_clip import build_mini_clip
         >>> embed_images(build_mini_clip(), [PIL.Image.new("L", (40, 30))]).shape
         torch.Size([1, 64])
@@ -219,7 +219,7 @@ class ProxyBuilder:
         batch_size: Images at a time.
         sync: See `embed_images`.
 
-    Example:
+    Examples:
         >>> from internet_neg.mini_clip import build_mini_clip
         >>> images = [PIL.Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
         >>> ProxyBuilder(build_mini_clip(), ["red", "blue"]).build(zip(images, [0, 1])).shape
@@ -353,7 +353,7 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
 def is_image(file: Path) -> bool:
     """Whether a file's name is an image's.
 
-    Example:
+    Examples:
         >>> is_image(Path("a.JPG")), is_image(Path("a.txt"))
         (True, False)
     """

@@ -47,7 +47,7 @@ def group_negatives(
     Raises:
         InterNegError: If G is out of range.
 
-    Example:
+    Examples:
         >>> group_negatives(torch.eye(5), groups=2, permute=False)[1].tolist()
         [[0.0, 0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0, 0.0]]
     """
@@ -74,7 +74,7 @@ def score_with_groups(
         grouped: What `group_negatives` returned.
         scale: s, which multiplies the cosines.
 
-    Example:
+    Examples:
         >>> names = torch.eye(2)[:1]
         >>> score_with_groups(names, names, torch.eye(2)[None, 1:], 2.0).margin.tolist()
         [2.0]
@@ -118,7 +118,7 @@ def grouped_score(
         permute: Whether negatives are permuted before they are split.
         seed: Of the permutation.
 
-    Example:
+    Examples:
         >>> grouped_score(torch.eye(2), torch.eye(2), torch.eye(2), scale=10.0).tolist()
         [0.5, 0.5]
     """
@@ -135,7 +135,7 @@ def mcm_score(
         T: Text embeddings of the classes.
         temperature: The cosines are divided by it.
 
-    Example:
+    Examples:
         >>> mcm_score(torch.eye(2), torch.eye(2)).tolist()
         [0.7310585, 0.7310585]
     """

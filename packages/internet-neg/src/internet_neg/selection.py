@@ -28,7 +28,7 @@ def base_distance(T: Classes, P: Classes) -> Float[Tensor, " K"]:
         T: Text embeddings of the classes, of length one.
         P: Image proxies of the classes, of length one.
 
-    Example:
+    Examples:
         >>> base_distance(torch.eye(2), torch.eye(2)).tolist()
         [0.0, 0.0]
     """
@@ -46,7 +46,7 @@ def deviation(E: Texts, T: Classes, P: Classes) -> Float[Tensor, " n"]:
         T: Text embeddings of the classes.
         P: Image proxies of the classes.
 
-    Example:
+    Examples:
         >>> deviation(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), torch.eye(2)[:1])
         tensor([1.])
     """
@@ -66,7 +66,7 @@ def admissible(E: Texts, T: Classes, P: Classes, chunk: int = 8192) -> Bool[Tens
         P: Image proxies of the classes.
         chunk: Texts compared at a time; the memory is chunk x K numbers. Does not change a result.
 
-    Example:
+    Examples:
         >>> admissible(torch.eye(2), torch.eye(2)[:1], torch.eye(2)[:1]).tolist()
         [False, True]
     """
@@ -116,7 +116,7 @@ def select_negatives(
     Raises:
         NoAdmissibleNegativesError: If no text is admissible.
 
-    Example:
+    Examples:
         >>> nouns = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [0.0, 1.0]]), dim=1)
         >>> adjectives, nouns = select_negatives(
         ...     nouns, torch.zeros(0, 2), torch.eye(2)[:1], torch.eye(2)[:1], M=1
@@ -177,7 +177,7 @@ def neglabel_select(
     Returns:
         Indices into `E_adj` and into `E_noun`, each from the farthest on.
 
-    Example:
+    Examples:
         >>> names = torch.eye(3)[:1]
         >>> adjectives, nouns = neglabel_select(torch.eye(3), torch.zeros(0, 3), names, 2)
         >>> nouns.tolist()

@@ -22,7 +22,7 @@ def load_transform(name: str, encoder: Any) -> Callable[[Any], Tensor]:
     Raises:
         InterNegError: If the name is not known.
 
-    Example:
+    Examples:
         >>> import PIL.Image
         >>> from internet_neg.mini_clip import build_mini_clip
         >>> load_transform("openood", build_mini_clip())(PIL.Image.new("RGB", (300, 400))).shape

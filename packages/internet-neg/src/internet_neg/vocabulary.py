@@ -52,7 +52,7 @@ class Vocabulary:
     Raises:
         InterNegError: If there is no word.
 
-    Example:
+    Examples:
         >>> Vocabulary(("dog", "cat", "dog"), ("red", "cat"))
         Vocabulary(nouns=('dog', 'cat'), adjectives=('red',))
     """
@@ -90,7 +90,7 @@ class Vocabulary:
         Raises:
             InterNegError: If a file is not known.
 
-        Example:
+        Examples:
             >>> len(Vocabulary.wordnet()) > 70_000
             True
         """
@@ -136,7 +136,7 @@ class Vocabulary:
         Raises:
             InterNegError: If the file is missing or is not such a file.
 
-        Example:
+        Examples:
             >>> path = getfixture("tmp_path") / "words.txt"
             >>> _ = path.write_text("# tools\nwrench\nrusty\tadj\n")
             >>> Vocabulary.from_file(path)
@@ -194,7 +194,7 @@ class Vocabulary:
         Raises:
             InterNegError: If no word is left.
 
-        Example:
+        Examples:
             >>> Vocabulary(("dog", "cat")).without(["Dog"])
             (Vocabulary(nouns=('cat',), adjectives=()), ['dog'])
         """

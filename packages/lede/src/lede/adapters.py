@@ -266,7 +266,7 @@ def register_adapter(model_type: str, adapter: type[LayerRunner]) -> None:
         model_type: As in the model's config.
         adapter: A subclass of `LayerRunner`.
 
-    Example:
+    Examples:
         >>> register_adapter("my-llama", LayerRunner)
         >>> "my-llama" in supported_model_types()
         True
@@ -277,7 +277,7 @@ def register_adapter(model_type: str, adapter: type[LayerRunner]) -> None:
 def supported_model_types() -> list[str]:
     """The families that have an adapter.
 
-    Example:
+    Examples:
         >>> {"llama", "qwen3", "gemma3_text"} <= set(supported_model_types())
         True
     """

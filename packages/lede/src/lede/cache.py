@@ -36,7 +36,7 @@ def visible(
     Returns:
         Mask of shape [B, 1, k, S].
 
-    Example:
+    Examples:
         >>> visible(torch.tensor([[1, 2]]), torch.tensor([1]), 4, None)[0, 0].int()
         tensor([[0, 1, 0, 0],
                 [0, 1, 1, 0]], dtype=torch.int32)
@@ -71,7 +71,7 @@ class Frame:
             of being boolean.
         length: Slots the keys will have, if not the least that is needed.
 
-    Example:
+    Examples:
         >>> frame = Frame(np.array([2, 3]), 2, np.array([0, 1]), torch.device("cpu"))
         >>> frame.positions
         tensor([[2, 3],
@@ -140,7 +140,7 @@ class RaggedCache:
         capacity: Slots to allocate; more are allocated when needed.
         static: Hand attention the whole block at every step, so that all shapes stay the same.
 
-    Example:
+    Examples:
         >>> cache = RaggedCache(1, capacity=4)
         >>> cache.frame = Frame(np.array([0]), 3, np.array([0]), torch.device("cpu"))
         >>> keys, values = cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)

@@ -39,7 +39,7 @@ class CompiledRunner:
     Raises:
         InputError: If the model is spread over devices, or the backend is unknown.
 
-    Example:
+    Examples:
         >>> from lede.adapters import layer_runner
         >>> from lede.testing import tiny_model
         >>> runner = CompiledRunner(layer_runner(tiny_model()), (1, 2), 6, backend="eager")

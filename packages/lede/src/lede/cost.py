@@ -35,7 +35,7 @@ class CostModel:
         widths: Tokens per pass.
         unit: ``layer`` (one-token layers) or ``s``.
 
-    Example:
+    Examples:
         >>> cost = CostModel.memory_bound(8, head_ratio=0.5)
         >>> cost.autoregressive, round(float(cost.round(2, passes=3, heads=2)), 3)
         (8.5, 13.565)
@@ -115,7 +115,7 @@ class CostModel:
 def expected_tokens(alpha: float, drafts: int) -> float:
     """Tokens per round if every draft is right with probability α: (1 - α^{d+1}) / (1 - α).
 
-    Example:
+    Examples:
         >>> expected_tokens(0.5, 2), expected_tokens(1.0, 4)
         (1.75, 5.0)
     """
@@ -125,7 +125,7 @@ def expected_tokens(alpha: float, drafts: int) -> float:
 def expected_speedup(alpha: float, exit_layer: int, drafts: int, cost: CostModel) -> float:
     """Speedup over plain decoding if every draft is right with probability α.
 
-    Example:
+    Examples:
         >>> round(expected_speedup(0.97, 7, 8, CostModel.memory_bound(32, 0.3)), 2)
         2.81
     """
@@ -141,7 +141,7 @@ def calibrate(decoder: Any, *, context: int = 128, repeats: int = 30) -> CostMod
         context: Tokens before the measured pass.
         repeats: Timed passes of each width.
 
-    Example:
+    Examples:
         >>> from lede import SelfSpeculativeDecoder
         >>> from lede.testing import tiny_model
         >>> decoder = SelfSpeculativeDecoder(tiny_model(layers=3), [1])

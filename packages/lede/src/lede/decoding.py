@@ -25,7 +25,7 @@ def check_exits(exit_layers: Sequence[int], depth: int, max_draft: int) -> tuple
         InputError: If an exit is not in 1 .. depth - 1, the exits are not in rising order, or
             `max_draft` is below 1.
 
-    Example:
+    Examples:
         >>> check_exits([2, 4], depth=8, max_draft=12)
         (2, 4)
     """
@@ -73,7 +73,7 @@ class SelfSpeculativeDecoder:
     Raises:
         InputError: For bad exits, an unsupported model or an unknown cache.
 
-    Example:
+    Examples:
         >>> from lede.testing import tiny_model
         >>> model = tiny_model("llama", layers=4)
         >>> decoder = SelfSpeculativeDecoder(model, [1, 2], policy=StaticPolicy(2, 3))
@@ -233,7 +233,7 @@ def left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> np.ndarray
     Raises:
         InputError: If a row has padding at its right or inside, or nothing but padding.
 
-    Example:
+    Examples:
         >>> left_padding(torch.ones(1, 3), torch.tensor([[0, 1, 1]]))
         array([1])
     """
@@ -295,7 +295,7 @@ def custom_generate(
     Raises:
         InputError: If the policy names no exits and none are given.
 
-    Example:
+    Examples:
         >>> from lede.testing import tiny_model
         >>> model = tiny_model("llama", layers=4)
         >>> loop = custom_generate(StaticPolicy(2, 3))

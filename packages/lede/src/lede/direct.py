@@ -41,7 +41,7 @@ def _is_the_librarys(layer: nn.Module) -> bool:
 def direct_layers(layers: Iterable[nn.Module]) -> list["DirectLayer"] | None:
     """All layers as functions, or ``None`` if one of them has to be called as a module.
 
-    Example:
+    Examples:
         >>> from lede.testing import tiny_model
         >>> model = tiny_model("llama", layers=3)
         >>> len(direct_layers(model.model.layers))

@@ -42,7 +42,7 @@ class EarlyExitConfig:
     Raises:
         InputError: If a value is out of range.
 
-    Example:
+    Examples:
         >>> EarlyExitConfig().p_max
         0.1
     """
@@ -75,7 +75,7 @@ def layer_dropout_rates(
 
     S is 1, or 2^{t / (T - 1)} - 1 from scratch.
 
-    Example:
+    Examples:
         >>> layer_dropout_rates(3, EarlyExitConfig(p_max=0.1))
         tensor([0.0000, 0.0414, 0.1000], dtype=torch.float64)
     """
@@ -97,7 +97,7 @@ def exit_loss_weights(depth: int, config: EarlyExitConfig, active: Tensor) -> Te
         config: Settings.
         active: Which exits have a loss in this step, bool [L].
 
-    Example:
+    Examples:
         >>> exit_loss_weights(3, EarlyExitConfig(e_scale=1.0), torch.ones(3, dtype=torch.bool))
         tensor([0.0000, 0.2500, 0.7500], dtype=torch.float64)
     """
@@ -111,7 +111,7 @@ def exit_loss_weights(depth: int, config: EarlyExitConfig, active: Tensor) -> Te
 def active_exits(depth: int, config: EarlyExitConfig, step: int, total: int) -> Tensor:
     """Which exits have a loss at this step, bool [L]; the last layer always.
 
-    Example:
+    Examples:
         >>> active_exits(4, EarlyExitConfig(rotation=2), step=1, total=10).int()
         tensor([0, 1, 0, 1], dtype=torch.int32)
     """
@@ -177,7 +177,7 @@ def early_exit_loss(
         attention_mask: [B, T].
         forward: What to call instead of `model`: its wrapper for distributed training.
 
-    Example:
+    Examples:
         >>> from lede.testing import tiny_model
         >>> ids = torch.randint(64, (2, 8))
         >>> early_exit_loss(tiny_model(), ids, ids, EarlyExitConfig()).ndim
@@ -220,7 +220,7 @@ def exit_quality(model: Any, input_ids: Tensor, *, batch_size: int = 16) -> dict
         ``loss`` in nats per token and ``agreement``, the share of positions at which the exit's
         most likely token is the last layer's; a value per layer 1 .. L.
 
-    Example:
+    Examples:
         >>> from lede.testing import tiny_model
         >>> found = exit_quality(tiny_model(layers=3), torch.ones(1, 4, dtype=torch.long))
         >>> len(found["loss"]), found["agreement"][-1]

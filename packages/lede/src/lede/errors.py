@@ -8,7 +8,7 @@ __all__ = ["PolicyMismatchError", "UnsupportedModelError"]
 class UnsupportedModelError(InputError):
     """The model's family has no adapter, or its attention cannot be run layer by layer.
 
-    Example:
+    Examples:
         >>> issubclass(UnsupportedModelError, ValueError)
         True
     """
@@ -17,7 +17,7 @@ class UnsupportedModelError(InputError):
 class PolicyMismatchError(InputError):
     """A policy was made for other exits, another depth or other features than it is used with.
 
-    Example:
+    Examples:
         >>> issubclass(PolicyMismatchError, ValueError)
         True
     """

@@ -27,7 +27,7 @@ def confidence_features(
         The features p₁, p₁ - p₂ and H(q) / ln V in float32, and the most likely token (the first
         of equals). NaN logits give NaN features.
 
-    Example:
+    Examples:
         >>> features, token = confidence_features(torch.tensor([[0.0, 0.0] + 2 * [-torch.inf]]))
         >>> features
         tensor([[0.5000, 0.0000, 0.5000]])

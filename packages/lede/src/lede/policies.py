@@ -121,7 +121,7 @@ def updated_ema(ema: np.ndarray, accepted: np.ndarray, drafted: np.ndarray) -> n
     The denominator counts the drafts that were judged: those after the first wrong one were not.
     A round without drafts leaves it as it was.
 
-    Example:
+    Examples:
         >>> updated_ema(np.array([0.5, 0.5]), np.array([3, 0]), np.array([3, 0]))
         array([0.6, 0.5])
     """
@@ -132,7 +132,7 @@ def updated_ema(ema: np.ndarray, accepted: np.ndarray, drafted: np.ndarray) -> n
 def chance(log_odds: np.ndarray) -> np.ndarray:
     """Probability of log-odds, without overflow.
 
-    Example:
+    Examples:
         >>> chance(np.array([0.0]))
         array([0.5])
     """
@@ -143,7 +143,7 @@ def chance(log_odds: np.ndarray) -> np.ndarray:
 class AutoregressivePolicy:
     """No drafts: every token runs through all layers.
 
-    Example:
+    Examples:
         >>> AutoregressivePolicy().probes(2)
         False
     """
@@ -213,7 +213,7 @@ class StaticPolicy(_FixedExit):
     Raises:
         InputError: If `num_draft` is below 1.
 
-    Example:
+    Examples:
         >>> StaticPolicy(exit_layer=4, num_draft=6)
         StaticPolicy(exit_layer=4, num_draft=6)
     """
@@ -240,7 +240,7 @@ class ConfidencePolicy(_FixedExit):
         threshold: θ.
         product: Compare Π_{j≤i} p₁ instead of p₁ alone.
 
-    Example:
+    Examples:
         >>> ConfidencePolicy(2, 0.4, product=True)
         ConfidencePolicy(exit_layer=2, threshold=0.4, product=True)
     """
@@ -270,7 +270,7 @@ class ConfidenceExitPolicy(AutoregressivePolicy):
         thresholds: One per candidate, or one for all.
         draft_threshold: Draft while p₁ is not below this.
 
-    Example:
+    Examples:
         >>> policy = ConfidenceExitPolicy([0.9, 0.8], draft_threshold=0.5)
         >>> policy.reset(1, (2, 4), 8, 12)
     """
@@ -320,7 +320,7 @@ class DraftVerifyPolicy(_FixedExit):
         threshold: First θ.
         target: Accepted share aimed at.
 
-    Example:
+    Examples:
         >>> DraftVerifyPolicy(2)
         DraftVerifyPolicy(exit_layer=2, threshold=0.8)
     """
@@ -365,7 +365,7 @@ class DELPolicy(AutoregressivePolicy):
         threshold: θ.
         decay: Of the moving average, per round.
 
-    Example:
+    Examples:
         >>> policy = DELPolicy()
         >>> policy.reset(1, (2, 4), 8, 12)
         >>> policy.choices()

@@ -54,7 +54,7 @@ class Prompts:
     def format(self, text: str) -> str:
         """The prompt of one text.
 
-        Example:
+        Examples:
             >>> DATASETS["xsum"].format("It rained.").splitlines()
             ['Article: It rained.', 'Summary:']
         """
@@ -82,7 +82,7 @@ def get_preset(name: str) -> Preset:
     Raises:
         InputError: If there is none of that name.
 
-    Example:
+    Examples:
         >>> get_preset("llama2-7b").exit_layers
         (4, 6, 8, 10, 12)
     """

@@ -32,7 +32,7 @@ class AcceptanceProbe:
     Raises:
         PolicyMismatchError: If the weights have other shapes.
 
-    Example:
+    Examples:
         >>> rng = np.random.default_rng(0)
         >>> shapes = {"w1": (3, 8, 4), "b1": (3, 4), "w2": (3, 4, 2), "b2": (3, 2)}
         >>> probe = AcceptanceProbe({k: rng.normal(size=s) for k, s in shapes.items()})
@@ -141,7 +141,7 @@ def fit_probe(
     Raises:
         InputError: If there is no prompt or sampling is asked for.
 
-    Example:
+    Examples:
         >>> from lede import SelfSpeculativeDecoder
         >>> from lede.testing import tiny_model
         >>> decoder = SelfSpeculativeDecoder(tiny_model(layers=3), [1, 2])

@@ -59,7 +59,7 @@ class StateSpec:
     Raises:
         InputError: If a name is unknown.
 
-    Example:
+    Examples:
         >>> len(StateSpec().names)
         13
     """

@@ -124,7 +124,7 @@ def collect_rollouts(
     Raises:
         InputError: If there is no prompt, or no text is longer than one token.
 
-    Example:
+    Examples:
         >>> from lede.testing import tiny_model
         >>> decoder = SelfSpeculativeDecoder(tiny_model(layers=3), [1, 2], max_draft=3)
         >>> ids = torch.ones(2, 3, dtype=torch.long)

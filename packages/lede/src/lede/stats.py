@@ -43,7 +43,7 @@ class DecodeStats:
         wall_s: Seconds, prefill included.
         log: Every round of every row.
 
-    Example:
+    Examples:
         >>> stats = DecodeStats(8, tokens=4, log=[Round(0, 0, 2, 4, 2), Round(0, 3, 8, 1, 0)])
         >>> stats.acceptance_rate, stats.mean_exit_layer, stats.tokens_per_round
         (0.6666666666666666, 2.0, 2.0)
@@ -93,7 +93,7 @@ class DecodeStats:
     def cost(self, model: CostModel) -> float:
         """Counted cost of all rounds (prefill and DEL's shadow heads aside).
 
-        Example:
+        Examples:
             >>> stats = DecodeStats(8, tokens=3, log=[Round(0, 0, 2, 3, 2, heads=2)])
             >>> round(stats.cost(CostModel.memory_bound(8, head_ratio=0.5)), 3)
             13.565

@@ -65,7 +65,7 @@ def tiny_model(
     Raises:
         InputError: If the type is unknown.
 
-    Example:
+    Examples:
         >>> tiny_model("qwen3").config.num_hidden_layers
         4
     """
@@ -133,7 +133,7 @@ def synthetic_llama(
     Raises:
         InputError: If knee or acceptance are out of range.
 
-    Example:
+    Examples:
         >>> synthetic_llama(layers=3, hidden=32, vocab=64, knee=1).config.num_hidden_layers
         3
     """

@@ -49,7 +49,7 @@ def segment_text(kind: str, split: str, *, seed: int = 0, size: int = 400_000) -
     Raises:
         InputError: If the kind is unknown.
 
-    Example:
+    Examples:
         >>> segment_text("table", "train", size=24)
         '| name | value | state |'
     """

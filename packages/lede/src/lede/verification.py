@@ -26,7 +26,7 @@ def verify_greedy(
     Returns:
         Accepted drafts a per row, and the target's token after them.
 
-    Example:
+    Examples:
         >>> verify_greedy(torch.tensor([[5, 6, 7]]), torch.tensor([[5, 9]]), torch.tensor([2]))
         (tensor([1]), tensor([6]))
     """
@@ -41,7 +41,7 @@ def residual_distribution(
 ) -> Float[Tensor, "rows vocabulary"]:
     """norm(max(p - q, 0)): what a rejected draft is replaced from; p itself where p equals q.
 
-    Example:
+    Examples:
         >>> residual_distribution(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
         tensor([[0., 1.]])
     """
@@ -74,7 +74,7 @@ def verify_sampled(
     Returns:
         Accepted drafts a per row, and the token after them.
 
-    Example:
+    Examples:
         >>> p = q = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
         >>> verify_sampled(p, q[:, :1], torch.tensor([[1]]), torch.tensor([1]))
         (tensor([1]), tensor([0]))

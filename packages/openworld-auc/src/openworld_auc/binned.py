@@ -42,7 +42,7 @@ def bin_edges(bins: int | Shaped[Tensor, " edges"]) -> Float[Tensor, " edges"]:
     Raises:
         InputError: If there are fewer than 2 bins, or edges do not ascend.
 
-    Example:
+    Examples:
         >>> bin_edges(4)
         tensor([1.1254e-07, 3.3535e-04, 5.0000e-01, 9.9966e-01, 1.0000e+00], dtype=torch.float64)
     """
@@ -109,7 +109,7 @@ def openworld_auc_binned(
         InputError: As `openworld_auc`; if scores leave [0, 1] without edges of your own; if
             `correct` is soft.
 
-    Example:
+    Examples:
         >>> scores = torch.tensor([0.9, 0.8, 0.3, 0.6, 0.1])
         >>> correct = torch.tensor([True, False, True, True, True])
         >>> is_base = torch.tensor([True, True, True, False, False])

@@ -90,7 +90,7 @@ def few_shots(targets: Sequence[int], classes: int, shots: int, seed: int) -> li
     Raises:
         InputError: If `shots` is below 1 or a class has no image.
 
-    Example:
+    Examples:
         >>> few_shots([0, 0, 0, 1], classes=2, shots=2, seed=1)
         [[0, 2], [3, 3]]
     """

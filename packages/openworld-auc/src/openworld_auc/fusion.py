@@ -29,7 +29,7 @@ def erf_scores(logits: Float[Tensor, "n classes"], n_base: int) -> Float[Tensor,
     Source:
         Li, Wang and Zhang, Rethinking Open-world Prompt Tuning (AAAI 2026).
 
-    Example:
+    Examples:
         >>> erf_scores(torch.tensor([[5.0, 0.0, 0.0], [0.0, 0.0, 5.0]]), 2)
         tensor([0.7500, 0.2500])
     """

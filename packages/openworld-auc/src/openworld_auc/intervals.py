@@ -91,7 +91,7 @@ def openworld_auc_ci(
         InputError: As `openworld_auc`; if a choice is not known or a number out of range; if
             `cluster` comes without the bootstrap.
 
-    Example:
+    Examples:
         >>> scores = torch.linspace(0, 1, 200)
         >>> is_base = torch.arange(200) >= 80
         >>> correct = torch.arange(200) % 4 > 0
@@ -144,7 +144,7 @@ def compare_openworld_auc(
     Raises:
         InputError: As `openworld_auc`, or if `paired` and the samples are not aligned.
 
-    Example:
+    Examples:
         >>> is_base = torch.arange(100) < 50
         >>> scores = torch.linspace(1, 0, 100)
         >>> right = torch.ones(100, dtype=torch.bool)

@@ -54,7 +54,7 @@ def gated_pairwise_auc_loss(
     Source:
         Hua et al. (ICML 2025), the gated ranking term of GMoP; the square surrogate is the paper's.
 
-    Example:
+    Examples:
         >>> scores = torch.tensor([0.9, 0.2], dtype=torch.float64)
         >>> round(gated_pairwise_auc_loss(scores, torch.tensor([True, False])).item(), 4)
         0.09
@@ -114,7 +114,7 @@ class GatedPairwiseAUCLoss(nn.Module):
     Raises:
         InputError: If a choice is not known.
 
-    Example:
+    Examples:
         >>> loss = GatedPairwiseAUCLoss("squared_hinge")
         >>> loss(torch.tensor([2.0, 0.5]), torch.tensor([True, False])).item()
         0.0

@@ -168,7 +168,7 @@ class OpenworldAUC(_Accumulating):
     Raises:
         InputError: If settings contradict each other; on `update`, as `openworld_auc`.
 
-    Example:
+    Examples:
         >>> from openworld_auc import OpenworldAUC
         >>> metric = OpenworldAUC()
         >>> is_base = torch.tensor([True, True, False])
@@ -271,7 +271,7 @@ class OpenworldMetrics(_Accumulating):
         dedupe: Whether `update` takes a ``sample_id``, of which only the first counts.
         kwargs: Of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> from openworld_auc import OpenworldMetrics
         >>> metric = OpenworldMetrics()
         >>> is_base = torch.tensor([True, True, False])

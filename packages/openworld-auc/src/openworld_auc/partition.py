@@ -48,7 +48,7 @@ def pseudo_partition(
     Raises:
         InputError: If not 2 <= k <= num_classes, or the scheme is not known.
 
-    Example:
+    Examples:
         >>> [part.pseudo_new for part in pseudo_partition(5, 3)]
         [(0, 3), (1, 4), (2,)]
     """

@@ -115,7 +115,7 @@ def load_preset(benchmark: str, method: str = "gmop") -> tuple[Benchmark, Method
     Raises:
         InputError: If one of them is not known.
 
-    Example:
+    Examples:
         >>> benchmark, method = load_preset("oxford_pets")
         >>> benchmark.base, method.model.template, method.train.epochs
         (19, 'a photo of a {}, a type of pet.', 40)

@@ -30,7 +30,7 @@ def clean_names(names: Sequence[str], role: str = "class") -> list[str]:
     Raises:
         InputError: If a name is blank or comes twice.
 
-    Example:
+    Examples:
         >>> clean_names(["sea_lion", "otter"])
         ['sea lion', 'otter']
     """

@@ -55,7 +55,7 @@ def openworld_auc(
     Source:
         Hua et al., OpenworldAUC (ICML 2025), the definition of the metric and its empirical form.
 
-    Example:
+    Examples:
         >>> scores = torch.tensor([0.9, 0.8, 0.3, 0.6, 0.1])
         >>> correct = torch.tensor([True, False, True, True, True])
         >>> is_base = torch.tensor([True, True, True, False, False])
@@ -87,7 +87,7 @@ def openworld_auc_score(
     Raises:
         InputError: As `openworld_auc`.
 
-    Example:
+    Examples:
         >>> openworld_auc_score([0.9, 0.8, 0.3], [True, False, True], [0.6, 0.1], [True, True])
         0.5
     """
@@ -129,7 +129,7 @@ def openworld_curve(
     Raises:
         InputError: As `openworld_auc`.
 
-    Example:
+    Examples:
         >>> scores = torch.tensor([0.9, 0.8, 0.3, 0.6, 0.1])
         >>> correct = torch.tensor([True, False, True, True, True])
         >>> is_base = torch.tensor([True, True, True, False, False])

@@ -134,7 +134,7 @@ def fit_threshold(
         InputError: If the rule is not known, scores are NaN or missing, or domains are needed and
             not given.
 
-    Example:
+    Examples:
         >>> fit_threshold(torch.tensor([0.9, 0.8, 0.2, 0.1]), torch.tensor([1, 1, 0, 0]))
         0.20000000298023224
     """
@@ -232,7 +232,7 @@ def openworld_report(
     Raises:
         InputError: As `openworld_auc`, `fit_threshold` and `openworld_auc_ci`.
 
-    Example:
+    Examples:
         >>> scores = torch.tensor([0.9, 0.8, 0.3, 0.6, 0.1])
         >>> correct = torch.tensor([True, False, True, True, True])
         >>> is_base = torch.tensor([True, True, True, False, False])

@@ -49,7 +49,7 @@ def read_scores(path: str | Path) -> ScoresFile:
         InputError: If the file or a column is missing or cannot be read.
         MissingExtraError: If parquet is asked for without the extra ``data``.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "scores.csv"
         >>> _ = path.write_text("score,correct,domain\n0.9,1,base\n0.1,1,new\n")
         >>> read_scores(path).is_base

@@ -75,7 +75,7 @@ def ood_pairs(preset: Literal["demo"] = "demo") -> dict[str, list[tuple[int, int
     Raises:
         InputError: If the preset is not known.
 
-    Example:
+    Examples:
         >>> [f"{COLORS[color]} {SHAPES[shape]}" for shape, color in ood_pairs()["id"]][:3]
         ['red circle', 'yellow circle', 'green square']
     """

@@ -82,7 +82,7 @@ def render(
     Raises:
         InputError: If an attribute, the seed or the size is out of range, or lengths differ.
 
-    Example:
+    Examples:
         >>> images, masks = render([0, 6], [0, 3], 0, 0, seed=7, return_mask=True)
         >>> images.shape, masks.shape
         ((2, 32, 32, 3), (2, 32, 32))
@@ -120,7 +120,7 @@ def image_tensor(
     Args:
         images: Pixels, as the world makes them.
 
-    Example:
+    Examples:
         >>> from shared_core.data.shapes import ShapesWorld
         >>> image_tensor(ShapesWorld(0).sample(2).images).shape
         torch.Size([2, 3, 32, 32])
@@ -141,7 +141,7 @@ def contact_sheet(
     Raises:
         InputError: If there is no image, or `columns` or `zoom` is below 1.
 
-    Example:
+    Examples:
         >>> from shared_core.data.shapes import ShapesWorld
         >>> contact_sheet(ShapesWorld(0).sample(6).images, columns=3, zoom=1).size
         (104, 70)

@@ -81,7 +81,7 @@ class ShapesDataset(ImageDataset):
     def describe(self) -> dict[str, Any]:
         """What the data set holds, ready for JSON.
 
-        Example:
+        Examples:
             >>> from shared_core.data.shapes import ShapesWorld
             >>> data = ShapesWorld(0).classification("color", 2, colors=["red", "blue"])
             >>> data.describe()["classes"]

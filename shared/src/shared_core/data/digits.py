@@ -41,7 +41,7 @@ def digit_arrays(
     Raises:
         InputError: If the split is unknown, or `test_per_class` or `seed` out of range.
 
-    Example:
+    Examples:
         >>> images, labels = digit_arrays("test")
         >>> images.shape, np.bincount(labels).tolist()
         ((360, 8, 8), [36, 36, 36, 36, 36, 36, 36, 36, 36, 36])
@@ -81,7 +81,7 @@ def load_digits(
     Raises:
         InputError: As `digit_arrays`.
 
-    Example:
+    Examples:
         >>> train = load_digits("train")
         >>> len(train), train[0][0].size, train.class_names[train[0][1]]
         (1437, (8, 8), '0')

@@ -56,7 +56,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     Raises:
         InputError: If lengths differ; when an item is read, if its image cannot be decoded.
 
-    Example:
+    Examples:
         >>> pixels = np.zeros((2, 8, 8, 3), dtype=np.uint8)
         >>> data = ImageDataset(pixels, [0, 1], ["cat", "dog"], transform=lambda image: image.size)
         >>> data[1], len(data), data.targets, data.class_names
@@ -175,7 +175,7 @@ def load_images(
             does not hold images or labels, or a sample has no label.
         MissingExtraError: If files or hub data are asked for and `datasets` is not installed.
 
-    Example:
+    Examples:
         >>> digits = load_images("digits", split="test")
         >>> image, label = digits[0]
         >>> image.mode, digits.class_names[label] in "0123456789"
@@ -225,7 +225,7 @@ def load_texts(
             clear or does not hold text.
         MissingExtraError: If files or hub data are asked for and `datasets` is not installed.
 
-    Example:
+    Examples:
         >>> texts = load_texts("pydoc", split="validation")
         >>> len(texts), texts[0][:28]
         (9, 'Binary bitwise operations\n**')
@@ -264,7 +264,7 @@ def load_rows(
         InputError: If the source or split is not there or cannot be read.
         MissingExtraError: If `datasets` is not installed.
 
-    Example:
+    Examples:
         >>> path = getfixture("tmp_path") / "sums.jsonl"
         >>> _ = path.write_text('{"question": "1 + 1", "answer": "2"}\n')
         >>> load_rows(path, cache_dir=str(path.parent))[0]

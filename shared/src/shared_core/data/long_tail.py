@@ -49,7 +49,7 @@ def long_tail_counts(
         InputError: If not exactly one of ratio and factor is given or it is out of range, if
             `n_max` or `num_classes` is below 1, or if ``floor`` leaves a class without samples.
 
-    Example:
+    Examples:
         >>> long_tail_counts(5000, 10, imbalance_ratio=100)
         [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
         >>> long_tail_counts(500, 4, imbalance_factor=0.1, profile="step")
@@ -125,7 +125,7 @@ def long_tail_indices(
         InputError: If a label lies outside the classes, a count is negative, or a class has fewer
             samples than its count.
 
-    Example:
+    Examples:
         >>> labels = [0, 1, 0, 1, 0, 1]
         >>> chosen = long_tail_indices(labels, [3, 1], seed=0)
         >>> [labels[i] for i in chosen]
@@ -174,7 +174,7 @@ def class_counts(
     Raises:
         InputError: If no labels are found, or one lies outside the classes.
 
-    Example:
+    Examples:
         >>> class_counts([0, 2, 2, 0, 0])
         [3, 0, 2]
     """
@@ -252,7 +252,7 @@ class LongTailSubset(Subset[Any]):
     Raises:
         InputError: As `class_counts` and `long_tail_indices` do.
 
-    Example:
+    Examples:
         >>> from torch.utils.data import TensorDataset
         >>> balanced = TensorDataset(torch.arange(6.0), torch.tensor([0, 0, 0, 1, 1, 1]))
         >>> balanced.targets = [0, 0, 0, 1, 1, 1]

@@ -51,7 +51,7 @@ def get_templates(name: str) -> tuple[str, ...]:
     Raises:
         InputError: If the name is not known.
 
-    Example:
+    Examples:
         >>> get_templates("dtd")
         ('{} texture.',)
     """
@@ -68,7 +68,7 @@ def check_template(template: str) -> None:
     Raises:
         InputError: If it does not.
 
-    Example:
+    Examples:
         >>> check_template("a photo of a {}.")
     """
     if not isinstance(template, str) or template.count("{}") != 1:
@@ -88,7 +88,7 @@ def fill(template: str, classnames: Sequence[str]) -> list[str]:
     Raises:
         InputError: If the template does not hold ``{}`` exactly once, or a name is blank.
 
-    Example:
+    Examples:
         >>> fill("a photo of a {}.", ["red star", "set {1, 2}"])
         ['a photo of a red star.', 'a photo of a set {1, 2}.']
     """

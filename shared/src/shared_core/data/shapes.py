@@ -94,7 +94,7 @@ class ShapesWorld:
     Raises:
         InputError: If the seed or the size is out of range.
 
-    Example:
+    Examples:
         >>> world = ShapesWorld(seed=0)
         >>> images, attrs = world.sample(4, shapes=["star"], colors=["red"])
         >>> images.shape, world.captions(attrs, seed=0, style="simple")[0]
@@ -132,7 +132,7 @@ class ShapesWorld:
             InputError: If `n` is below 1, a value is not known, or `pairs` comes with `shapes` or
                 `colors`.
 
-        Example:
+        Examples:
             >>> batch = ShapesWorld(0).sample(100, pairs=[("circle", "red"), ("star", "blue")])
             >>> sorted({(shape, color) for shape, color, *_ in batch.attrs.tolist()})
             [(0, 0), (6, 2)]
@@ -163,7 +163,7 @@ class ShapesWorld:
         Raises:
             InputError: If the style is not known, or an attribute or the seed is out of range.
 
-        Example:
+        Examples:
             >>> ShapesWorld(0).captions(np.array([[6, 0, 1, 4]]), seed=0, style="full")
             ['a photo of a striped red star on a wavy background']
         """
@@ -206,7 +206,7 @@ class ShapesWorld:
             InputError: If a value is not known, not exactly one of `n_per_class` and `counts` is
                 given, they do not fit, or pairs come with `shapes` or `colors`.
 
-        Example:
+        Examples:
             >>> data = ShapesWorld(0).classification(
             ...     "shape_color", counts=[5, 3, 2, 1], shapes=["bar", "star"], colors=["red", 2]
             ... )
@@ -268,7 +268,7 @@ class ShapesWorld:
             InputError: If there are fewer classes than asked for, a number is below 1, or as
                 `classification`.
 
-        Example:
+        Examples:
             >>> splits = ShapesWorld(0).base_new(2, 1, classes="shape", n_per_class=4, n_test=3)
             >>> {name: (data.class_names, len(data)) for name, data in splits.items()}
             {'train': (['circle', 'square'], 8), 'base': (['circle', 'square'], 6),
@@ -314,7 +314,7 @@ class ShapesWorld:
         Raises:
             InputError: If the preset is not known or `n` is below 1.
 
-        Example:
+        Examples:
             >>> {name: len(data.class_names) for name, data in ShapesWorld(0).id_ood(n=48).items()}
             {'id': 16, 'near': 48, 'far': 12, 'textures': 6}
         """
@@ -361,7 +361,7 @@ class ShapesWorld:
         Raises:
             InputError: As `long_tail_counts`, or if the order is not known.
 
-        Example:
+        Examples:
             >>> ShapesWorld(0).long_tail(4, 100, imbalance=50)
             [100, 27, 7, 2]
         """
@@ -417,7 +417,7 @@ class ShapesWorld:
         Raises:
             InputError: If a value is not known or a number out of range.
 
-        Example:
+        Examples:
             >>> scenes = ShapesWorld(0).multilabel(3, max_objects=2)
             >>> scenes.images.shape, scenes.labels.shape, scenes.boxes.shape
             ((3, 64, 64, 3), (3, 16), (3, 2, 4))
@@ -469,7 +469,7 @@ class ShapesWorld:
         Raises:
             InputError: If a value is not known or a number out of range.
 
-        Example:
+        Examples:
             >>> scenes = ShapesWorld(0).segmentation(2, shapes=["circle"], objects=(1, 1))
             >>> scenes.semantic.shape, np.unique(scenes.semantic).tolist()
             ((2, 64, 64), [0, 1])
@@ -554,7 +554,7 @@ def load_shapes(
     Raises:
         InputError: As `ShapesWorld.classification`.
 
-    Example:
+    Examples:
         >>> data = load_shapes("test", classes="color")
         >>> len(data), data.class_names[:3]
         (1200, ['red', 'green', 'blue'])

@@ -82,7 +82,7 @@ def pydoc_documents(
     Raises:
         InputError: If `split` or `kind` is unknown, or this Python was installed without the text.
 
-    Example:
+    Examples:
         >>> [d.name for d in pydoc_documents("test")][:2]
         ['comparisons', 'execmodel']
     """
@@ -105,7 +105,7 @@ def pydoc_text(split: Split | None = None, *, kind: Kind | Literal["all"] = "doc
     Raises:
         InputError: As `pydoc_documents`.
 
-    Example:
+    Examples:
         >>> "for_stmt" in pydoc_text()
         True
     """
@@ -172,7 +172,7 @@ class ByteTokenizer:
         eos_id: 258, end of text.
         vocab_size: 259.
 
-    Example:
+    Examples:
         >>> tokenizer = ByteTokenizer()
         >>> tokenizer.encode("né")
         [110, 195, 169]
@@ -226,7 +226,7 @@ def train_bpe(
         InputError: If `vocab_size` cannot hold the bytes and the special tokens.
         MissingExtraError: If `tokenizers` is not installed.
 
-    Example:
+    Examples:
         >>> tokenizer = train_bpe(["low lower lowest"] * 9, vocab_size=265)
         >>> tokenizer.encode("lower").tokens
         ['low', 'e', 'r']
@@ -281,7 +281,7 @@ def token_windows(
     Raises:
         InputError: If `length` is below 1 or the texts do not fill one window.
 
-    Example:
+    Examples:
         >>> token_windows(["abc", "de"], ByteTokenizer(), 3, separator=ByteTokenizer.eos_id)
         tensor([[ 97,  98,  99],
                 [258, 100, 101]])

@@ -40,7 +40,7 @@ class OODMetrics(Metric):
         InputError: If `rule` is unknown; on `update` if the shapes do not match; on `compute` if
             there are no ID or no OOD scores, or one is NaN.
 
-    Example:
+    Examples:
         >>> from shared_core.metrics import OODMetrics
         >>> metric = OODMetrics()
         >>> metric.update(torch.tensor([3.0, 1.0]), torch.tensor([False, True]))
@@ -129,7 +129,7 @@ class ShotAccuracy(Metric):
         InputError: As `shared_core.metrics.shot_groups`; on `update` if the shapes do not match
             or a class index is out of range.
 
-    Example:
+    Examples:
         >>> from shared_core.metrics import ShotAccuracy
         >>> metric = ShotAccuracy([500, 50, 5])
         >>> metric.update(torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 1, 2]))
@@ -225,7 +225,7 @@ class SegmentationMetrics(Metric):
     Raises:
         InputError: On `update`, as `shared_core.metrics.confusion_matrix`.
 
-    Example:
+    Examples:
         >>> from shared_core.metrics import SegmentationMetrics
         >>> metric = SegmentationMetrics(2, ignore_index=255)
         >>> metric.update(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 255]]))

@@ -37,7 +37,7 @@ def shot_groups(
     Raises:
         InputError: If there are no classes, a count is negative, or the groups overlap.
 
-    Example:
+    Examples:
         >>> shot_groups([500, 100, 20, 5])
         {'many': [0], 'medium': [1, 2], 'few': [3]}
         >>> shot_groups([500, 100, 20, 5], many_inclusive=True, few_inclusive=True)

@@ -60,7 +60,7 @@ def auroc(
     Raises:
         InputError: If a side is empty, is not one-dimensional floating point, or holds a NaN.
 
-    Example:
+    Examples:
         >>> auroc(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1.0, 0.0]))
         0.9166666666666666
     """
@@ -83,7 +83,7 @@ def aupr_in(
     Raises:
         InputError: As `auroc`.
 
-    Example:
+    Examples:
         >>> aupr_in(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]))
         0.8333333333333333
     """
@@ -103,7 +103,7 @@ def aupr_out(
     Raises:
         InputError: As `auroc`.
 
-    Example:
+    Examples:
         >>> aupr_out(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]))
         0.8333333333333333
     """
@@ -140,7 +140,7 @@ def fpr_at_recall(
     Raises:
         InputError: As `auroc`; also if `recall` is out of range, or `positive` or `rule` unknown.
 
-    Example:
+    Examples:
         >>> id_scores = torch.arange(1.0, 22.0)
         >>> ood_scores = torch.tensor([0.0, 1.5, 2.5, 9.0])
         >>> fpr_at_recall(id_scores, ood_scores, rule="at_least")
@@ -179,7 +179,7 @@ def ood_metrics(
     Raises:
         InputError: As `auroc`; also if `rule` is unknown.
 
-    Example:
+    Examples:
         >>> values = ood_metrics(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1.0, 0.0]))
         >>> {key: round(value, 3) for key, value in values.items()}
         {'auroc': 0.917, 'aupr_in': 0.917, 'aupr_out': 0.833, 'fpr95': 0.5,

@@ -32,7 +32,7 @@ def confusion_matrix(
     Raises:
         InputError: If the shapes do not match or an index that counts is not in 0..C-1.
 
-    Example:
+    Examples:
         >>> confusion_matrix(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 1]]), 2)
         tensor([[1, 1],
                 [0, 1]])
@@ -58,7 +58,7 @@ def class_iou(
     Returns:
         IoU in [0, 1], float64; NaN for a class that neither occurs nor is predicted.
 
-    Example:
+    Examples:
         >>> class_iou(torch.tensor([[2, 1, 0], [0, 1, 0], [0, 0, 0]]))
         tensor([0.6667, 0.5000,    nan], dtype=torch.float64)
     """
@@ -85,7 +85,7 @@ def segmentation_metrics(
         predicted), ``pixel_accuracy`` (fraction of right pixels) and ``mean_accuracy`` (mean recall
         of the classes that occur); NaN if no pixel counts.
 
-    Example:
+    Examples:
         >>> values = segmentation_metrics(torch.tensor([[2, 1], [0, 1]]))
         >>> {key: round(value.item(), 4) for key, value in values.items()}
         {'miou': 0.5833, 'pixel_accuracy': 0.75, 'mean_accuracy': 0.8333}
@@ -117,7 +117,7 @@ def mean_iou(
     Raises:
         InputError: As `confusion_matrix`.
 
-    Example:
+    Examples:
         >>> mean_iou(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 255]]), 2, ignore_index=255)
         tensor(0.2500, dtype=torch.float64)
     """

@@ -33,7 +33,7 @@ _NOT_ALPHANUMERIC = re.compile(r"[^a-z0-9]+")
 def normalize_answer(text: str) -> str:
     """Lower-case, drop ASCII punctuation and articles, collapse white space.
 
-    Example:
+    Examples:
         >>> normalize_answer("The  U.S. Open, a tournament")
         'us open tournament'
     """
@@ -51,7 +51,7 @@ def exact_match(prediction: str, references: str | Sequence[str]) -> float:
     Raises:
         InputError: If there is no reference.
 
-    Example:
+    Examples:
         >>> exact_match("The Eiffel Tower.", ["Eiffel tower", "La Tour Eiffel"])
         1.0
     """
@@ -73,7 +73,7 @@ def sub_exact_match(prediction: str, references: str | Sequence[str]) -> float:
     Raises:
         InputError: If there is no reference.
 
-    Example:
+    Examples:
         >>> sub_exact_match("It is in Paris, France.", "Paris")
         1.0
     """
@@ -95,7 +95,7 @@ def token_f1(prediction: str, references: str | Sequence[str]) -> float:
     Raises:
         InputError: If there is no reference.
 
-    Example:
+    Examples:
         >>> token_f1("red apple pie", "the apple pie")
         0.8
     """
@@ -132,7 +132,7 @@ def rouge_l(
     Raises:
         InputError: If there is no reference.
 
-    Example:
+    Examples:
         >>> rouge_l("the cat is on the mat", "the cat sat on the mat")
         0.8333333333333334
     """
@@ -197,7 +197,7 @@ def token_accuracy(
     Raises:
         InputError: If the shapes differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> token_accuracy(torch.tensor([[5, 6, 7]]), torch.tensor([[5, 0, -100]]))
         tensor(0.5000)
