@@ -63,7 +63,7 @@ def _quick_norm(norm: Any) -> Callable[[Tensor], Tensor]:
     """
     weight, eps, shape = norm.weight, norm.variance_epsilon, tuple(norm.weight.shape)
     if weight.dtype != torch.float32:
-        return lambda hidden: norm(hidden)  # type: ignore[no-any-return]
+        return lambda hidden: norm(hidden)
     return lambda hidden: F.rms_norm(hidden, shape, weight, eps)
 
 
@@ -80,10 +80,10 @@ class DirectLayer:
         mlp = whole.mlp
         self.index, self.size = attention.layer_idx, attention.head_dim
         self.norms = _quick_norm(whole.input_layernorm), _quick_norm(whole.post_attention_layernorm)
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        self.q, self.k, self.v, self.o = ((p.weight, p.bias) for p in parts)
-        parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        self.gate, self.up, self.down = ((p.weight, p.bias) for p in parts)
+        around = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        self.q, self.k, self.v, self.o = ((p.weight, p.bias) for p in around)
+        inside = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        self.gate, self.up, self.down = ((p.weight, p.bias) for p in inside)
         self.head_norms = (
             (_quick_norm(attention.q_norm), _quick_norm(attention.k_norm))
             if hasattr(attention, "q_norm")
@@ -114,7 +114,7 @@ class DirectLayer:
         half = self.size // 2
         turned = torch.cat((both[..., half:], both[..., :half]), -1).mul_(sin)
         both = both.mul_(cos).add_(turned).transpose(1, 2)
-        q, k = both.split(self.heads, 1)
+        q, k = torch.split(both, list(self.heads), 1)
         keys, values = cache.update(k, v, self.index)
         causal = mask is None and shape[1] > 1
         if self.heads[0] == self.heads[1]:
