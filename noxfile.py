@@ -41,6 +41,8 @@ GALLERY = RUNS / "gallery"
 # Sessions run on the Python that runs nox, unless the packages do not support that one.
 PYTHON = None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "3.13"
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": ""}
+# Tests start many processes; what one has compiled of torch and others, the next need not.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 PIP = ["python", "-m", "pip", "--isolated", "--disable-pip-version-check"]  # no settings, no index
 
 

@@ -214,7 +214,8 @@ class DistillationTrainer(Trainer):
             frozen.requires_grad_(False).eval()
             if getattr(frozen, "hf_device_map", None) is None:
                 frozen.to(self.args.device)
-            if self.is_fsdp_enabled:  # whose sparing way to load reads weights in one process only
+            # FSDP's sparing way to load reads weights in one process only.
+            if self.is_fsdp_enabled and self.accelerator.num_processes > 1:
                 for tensor in (*frozen.parameters(), *frozen.buffers()):
                     torch.distributed.broadcast(tensor.detach(), src=0)
         size = _config(model)
