@@ -129,7 +129,8 @@ def test_the_adapter_negates():
 
 
 def test_the_metrics_of_pytorch_ood_agree():
-    pytorch_ood = pytest.importorskip("pytorch_ood.metrics.ood", reason="needs the extra pytorch-ood")
+    reason = "needs the extra pytorch-ood"
+    pytorch_ood = pytest.importorskip("pytorch_ood.metrics.ood", reason=reason)
     from shared_core.metrics import ood_metrics
 
     detector = OODDetector(model())
