@@ -31,10 +31,15 @@ def _locals(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     With hundreds of small tensors, a view of each would cost more than the arithmetic.
     """
-    sharded = _dtensor()
-    if not sharded and not any(map(torch.is_complex, tensors)):
+    if _all_plain(tensors) and not any(map(torch.is_complex, tensors)):
         return list(tensors)
+    sharded = _dtensor()
     return [_local(t) if isinstance(t, sharded) or t.is_complex() else t for t in tensors]
+
+
+def _all_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether none can be sharded, for which their types are enough."""
+    return set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
 
 
 def _by_device_and_dtype(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -63,14 +68,13 @@ def scaled_gradient(gradient: Tensor, parameter: Tensor, eta: float) -> Tensor:
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm over all elements of all tensors, in float32 (float64 if any is float64)."""
     device = gradients[0].device
-    precise = any(g.dtype in (torch.float64, torch.complex128) for g in gradients)
+    precise = {torch.float64, torch.complex128} & {g.dtype for g in gradients}
     dtype = torch.float64 if precise else torch.float32
-    kind = _dtensor()
     meshes: dict[Any, list[Tensor]] = {}
-    plain: list[Tensor] = []
-    for gradient in gradients:
-        if isinstance(gradient, kind):
-            meshes.setdefault(gradient.device_mesh, []).append(gradient)
+    plain: list[Tensor] = list(gradients) if _all_plain(gradients) else []
+    for gradient in [] if plain else gradients:
+        if is_dtensor(gradient):
+            meshes.setdefault(gradient.device_mesh, []).append(gradient)  # type: ignore[attr-defined]
         else:
             plain.append(gradient)
     norms: list[Tensor] = []
@@ -115,6 +119,8 @@ def moved(
             if factors is None:
                 for here, _, indices in groups:
                     torch._foreach_add_(here, [steps[i] for i in indices])
+            elif len(groups) == len(set(factors)) == 1:
+                torch._foreach_add_(groups[0][0], steps, alpha=factors[0])
             else:
                 for factor, indices in _by_factor(places, factors):
                     torch._foreach_add_(
@@ -170,10 +176,10 @@ def displacements(
     result, places = _locals(scaled), _locals(parameters)
     factors = [1.0] * len(result)
     groups: dict[Any, list[int]] = {}
-    for index, gradient in enumerate(scaled):
-        as_it_is = not adaptive[index] and gradient.dtype == places[index].dtype
-        key = (gradient.device, gradient.dtype, rho[index], as_it_is)
+    for index, (g, place, radius, a) in enumerate(zip(scaled, places, rho, adaptive, strict=True)):
+        key = (g.device, g.dtype, radius, not a and g.dtype == place.dtype)
         groups.setdefault(key, []).append(index)
+    written: list[int] = []
     for (device, dtype, radius, as_it_is), indices in groups.items():
         factor = (inverse * radius).to(device)
         members = [result[i] for i in indices]
@@ -181,16 +187,19 @@ def displacements(
             # ρ / ||g|| need not fit a half; the product does.
             members = [m.float() for m in members]
         elif device.type == "cpu" and as_it_is and norm.isfinite():
+            known = factor.item()
             for index in indices:
-                factors[index] = factor.item()
+                factors[index] = known
             continue
         # Not in place: autograd may hand out one tensor for two parameters.
+        written += indices
         members = list(torch._foreach_mul(members, factor.to(members[0].dtype)))
         _clear_if(~norm.isfinite(), members)
         for index, member in zip(indices, members, strict=True):
             result[index] = member
-    for index, (place, is_adaptive) in enumerate(zip(places, adaptive, strict=True)):
-        if is_adaptive:
+    for index in written:
+        place = places[index]
+        if adaptive[index]:
             magnitude = parameters[index].abs() + eta
             local = magnitude.to_local() if is_dtensor(magnitude) else magnitude  # type: ignore[attr-defined]
             if parameters[index].is_complex():
