@@ -1,6 +1,7 @@
 """The commands, one after the other on a saved model; errors in one line."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,16 @@ import pytest
 
 import lede
 from lede.cli import main
-from lede.testing import tiny_model
 
 WORDS = [f"w{i}" for i in range(60)]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+def model(
+    tmp_path_factory: pytest.TempPathFactory, save_word_model: Callable[[Path], list[str]]
+) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    tiny_model("llama", layers=5).save_pretrained(folder)
+    assert save_word_model(folder) == WORDS
     return folder
 
 

@@ -52,13 +52,13 @@ POLICIES = {
 def test_greedy_tokens_are_those_of_generate(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype=dtype)
     ids, mask = prompts()
-    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     alone = model.generate(ids[:1], **settings)
     if (family, dtype) == ("gemma2", torch.float64):
         # Eager attention in float64 makes NaN of padding: there, each row is generated alone.
         rows = [model.generate(i[m > 0][None], **settings) for i, m in zip(ids, mask, strict=True)]
         batch = torch.cat(
-            [torch.cat([i[None], r[:, -12:]], 1) for i, r in zip(ids, rows, strict=True)]
+            [torch.cat([i[None], r[:, -8:]], 1) for i, r in zip(ids, rows, strict=True)]
         )
     else:
         batch = model.generate(ids, attention_mask=mask, **settings)
@@ -69,7 +69,7 @@ def test_greedy_tokens_are_those_of_generate(family: str, dtype: torch.dtype) ->
         one = decoder.generate(ids[:1], policy=make(), **settings)
         assert torch.equal(one.sequences, alone), name
         stats = one.stats
-        assert stats.tokens == stats.accepted + stats.rounds == 12
+        assert stats.tokens == stats.accepted + stats.rounds == 8
         assert stats.accepted <= stats.drafted
         assert {r.exit for r in stats.log} <= {*EXITS, 4}
 
@@ -177,6 +177,88 @@ def test_processors_criteria_and_streamer() -> None:
     assert out.sequences.shape == (1, 13)
     assert streamer.ended
     assert streamer.seen == out.sequences[0].tolist()
+    streamer = Keeps()
+    loop = lede.custom_generate(StaticPolicy(3, 4), max_draft=5)
+    same = model.generate(ids[:1], max_new_tokens=20, custom_generate=loop, lede_streamer=streamer)
+    assert streamer.ended
+    assert streamer.seen == same[0].tolist()
+
+
+def test_criteria_of_single_rows_in_a_batch() -> None:
+    """A criterion that ends each row elsewhere, in the middle of accepted drafts too.
+
+    The library pads ended rows only if there is an end of text; ours are padded always.
+    """
+    from transformers import StoppingCriteria
+
+    model = tiny_model()
+    ids, mask = prompts()
+    settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    free = model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
+    stops = {int(row[at]) for row, at in zip(free, (4, 11, 17), strict=True)}
+    settings["eos_token_id"] = min(set(range(1, 64)) - set(free.flatten().tolist()))
+
+    class AtTokens(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+            last = input_ids[:, -1]
+            return torch.tensor([int(token) in stops for token in last], device=last.device)
+
+    expected = model.generate(ids, attention_mask=mask, stopping_criteria=[AtTokens()], **settings)
+    lengths = set()
+    for policy in (StaticPolicy(3, 4), StaticPolicy(1, 5), lede.ConfidencePolicy(2, 0.2)):
+        decoder = SelfSpeculativeDecoder(model, EXITS, policy=policy, max_draft=5)
+        found = decoder.generate(
+            ids, attention_mask=mask, stopping_criteria=[AtTokens()], **settings
+        ).sequences
+        assert torch.equal(found, expected)
+        lengths |= {int((row != 0).sum()) for row in found[:, ids.shape[1] :]}
+    assert len(lengths) > 1
+
+
+def test_a_scripted_verifier_accepts_as_told_and_says_so() -> None:
+    from lede.testing import ScriptedVerifier
+
+    model = tiny_model()
+    ids, _ = prompts(1)
+    rates = []
+    for acceptance in (0.0, 0.5, 1.0):
+        decoder = SelfSpeculativeDecoder(
+            model, EXITS, policy=StaticPolicy(2, 1), verifier=ScriptedVerifier(acceptance)
+        )
+        out = decoder.generate(ids, max_new_tokens=120, pad_token_id=0)
+        assert not out.stats.lossless
+        assert not out.stats.to_dict()["lossless"]
+        rates.append(out.stats.acceptance_rate)
+    assert rates[0] == 0
+    assert rates[1] == pytest.approx(0.5, abs=0.15)
+    assert rates[2] == 1
+    assert SelfSpeculativeDecoder(model, EXITS).generate(ids, max_new_tokens=3).stats.lossless
+    with pytest.raises(ValueError, match="0 to 1"):
+        ScriptedVerifier(1.5)
+    with pytest.raises(ValueError, match="leave it out to sample"):
+        decoder.generate(ids, do_sample=True, max_new_tokens=2, pad_token_id=0)
+
+
+def test_useless_drafting_is_given_up() -> None:
+    """Once the moving average, 0.7 · 0.8^rounds, has been below 0.1 for five rounds."""
+    from lede.testing import ScriptedVerifier
+
+    model = tiny_model()
+    ids, mask = prompts()
+    settings = {"max_new_tokens": 40, "pad_token_id": 0, "attention_mask": mask}
+    policy = StaticPolicy(1, 3)
+    never = ScriptedVerifier(0.0)  # what is committed is the model's own nevertheless
+    decoder = SelfSpeculativeDecoder(model, EXITS, policy=policy, verifier=never, fallback_rounds=5)
+    out = decoder.generate(ids, **settings)
+    assert torch.equal(out.sequences, model.generate(ids, do_sample=False, **settings))
+    exits = [r.exit for r in out.stats.log if r.row == 0]
+    below = next(n for n in range(99) if 0.7 * 0.8**n < 0.1)  # after so many rounds
+    assert exits == [1] * (below + 4) + [4] * (40 - below - 4)
+    assert decoder.generate(ids, **settings).stats.log == out.stats.log  # a new call tries anew
+    stubborn = SelfSpeculativeDecoder(model, EXITS, policy=policy, verifier=never)
+    assert all(r.exit == 1 for r in stubborn.generate(ids, **settings).stats.log[:-3])
+    with pytest.raises(ValueError, match="at least 1"):
+        SelfSpeculativeDecoder(model, EXITS, fallback_rounds=0)
 
 
 @pytest.mark.smoke

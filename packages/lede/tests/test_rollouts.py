@@ -9,7 +9,7 @@ import torch
 import lede
 from lede import CostModel, SelfSpeculativeDecoder, TrainConfig
 from lede.testing import tiny_model
-from lede.training import _Trainer, build_episodes
+from lede.training import EpisodeArrays, build_episodes
 
 COST = CostModel.memory_bound(4)
 
@@ -78,7 +78,7 @@ def test_a_policy_is_trained_on_sampled_rollouts(world: Any) -> None:
     np.testing.assert_array_equal(again.features, held_out.features)
     config = TrainConfig(steps=300, refresh=60, batch=256)
     result = lede.train_policy(train, COST, config, validation=held_out)
-    assert result.rho > _Trainer(train, COST, config).best_fixed() * 0.98
+    assert result.rho > EpisodeArrays(train, COST, config).best_fixed() * 0.98
     out = decoder.generate(ids[:2], policy=result.policy, **common)
     assert out.stats.drafted > 0
 
@@ -89,7 +89,7 @@ def test_expected_ratio_against_a_loop(world: Any) -> None:
 
     decoder, ids = world
     rollouts = lede.collect_rollouts(decoder, ids, max_new_tokens=12, pad_token_id=0, seed=2)
-    trainer = _Trainer(rollouts, COST, TrainConfig())
+    trainer = EpisodeArrays(rollouts, COST, TrainConfig())
     torch.manual_seed(3)
     network = QNetwork(len(trainer.spec.names), 2)
     q_draft, q_walk = trainer.q_all(network)

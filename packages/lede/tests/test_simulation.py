@@ -1,5 +1,6 @@
 """Replay equals decoding; grids equal brute force; backward induction is the ceiling."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import lede
 from lede import CostModel, ExperienceTable, SelfSpeculativeDecoder, StaticPolicy
 from lede.simulation import static_grid
-from lede.testing import tiny_model
+from lede.testing import synthetic_llama, tiny_model
 
 EXITS = (1, 2, 4)
 
@@ -233,3 +234,51 @@ def test_cost_model_is_saved_and_damaged_files_are_named(tmp_path: Path) -> None
     (tmp_path / "cost.json").write_text("[1]")
     with pytest.raises(ValueError, match="not a saved cost model"):
         CostModel.load(tmp_path / "cost.json")
+
+
+def test_tables_are_joined(world: Any) -> None:
+    table = world[3]
+    whole = ExperienceTable.cat([table.select([0, 2]), table.select([1])])
+    policy = lede.ConfidencePolicy(4, 0.3)
+    told = [lede.simulate(t, policy, COST).log for t in (whole, table.select([0, 2, 1]))]
+    assert told[0] == told[1]
+    assert ExperienceTable.cat([table]).branch is not table.branch
+    with pytest.raises(ValueError, match="differ in exits"):
+        ExperienceTable.cat([table, dataclasses.replace(table, exits=(1, 2, 3))])
+    with pytest.raises(ValueError, match="one or more"):
+        ExperienceTable.cat([])
+
+
+def test_calibration_measures_what_layers_and_head_cost() -> None:
+    """A wide layer against a narrow one, a large head against a small one: coarse, but measured."""
+    small = tiny_model(layers=3, hidden=32, vocab=64)
+    large = tiny_model(layers=3, hidden=512, vocab=8192)
+    found = [
+        lede.calibrate(SelfSpeculativeDecoder(m, [1]), context=16, repeats=15)
+        for m in (small, large)
+    ]
+    for cost in found:
+        assert (cost.depth, cost.unit, cost.widths) == (3, "s", (1, 2, 4, 8, 13))
+        values = np.array([*cost.layer, *cost.head, cost.features])
+        assert (values > 0).all()
+        assert (values < 1).all()
+        assert cost.autoregressive == pytest.approx(3 * cost.layer[0] + cost.head[0])
+    assert found[1].layer[-1] > 2 * found[0].layer[-1]
+    assert found[1].head[-1] > 2 * found[0].head[-1]
+
+
+@pytest.mark.parametrize("acceptance", [0.6, 0.9])
+def test_synthetic_models_agree_as_often_as_asked(acceptance: float) -> None:
+    """At their knee, on tokens other than those it was set on; and deeper exits agree more."""
+    model = synthetic_llama(layers=6, hidden=64, vocab=256, knee=2, acceptance=acceptance)
+    ids = torch.randint(256, (8, 64), generator=torch.Generator().manual_seed(7))
+    runner = lede.adapters.layer_runner(model)
+    with torch.no_grad():
+        out = model(ids, output_hidden_states=True, use_cache=False)
+        final = out.logits.argmax(-1)
+        agreement = [
+            float((runner.logits(out.hidden_states[e]).argmax(-1) == final).double().mean())
+            for e in (2, 5)
+        ]
+    assert agreement[0] == pytest.approx(acceptance, abs=0.08)
+    assert agreement[1] > agreement[0]

@@ -11,7 +11,6 @@ from lede import demo
 from lede.early_exit import EarlyExitConfig, early_exit_loss, exit_quality
 from lede.testing import tiny_model
 from lede.trainer import EarlyExitTrainer
-from shared_core.testing import run_gloo
 
 
 def trainer(folder: Path, p_max: float = 0.3, **changes: Any) -> EarlyExitTrainer:
@@ -66,35 +65,6 @@ def test_resuming_ends_in_the_same_numbers(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     losses = [[h["loss"] for h in t.state.log_history if "loss" in h] for t in (whole, again)]
     assert losses[0] == losses[1]
-
-
-SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
-
-
-def _two_processes(rank: int, world: int, folder: str) -> None:
-    import os
-
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="true")
-    options = {**SGD, "per_device_train_batch_size": 4, "ddp_backend": "gloo"}
-    t = trainer(Path(folder), p_max=0.0, **options)
-    assert t.accelerator.num_processes == world
-    t.train()
-    t.save_model(str(Path(folder) / "two"))  # the first process writes
-
-
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """The same global batch and the rotating exits; without dropout, which draws by process."""
-    from safetensors.torch import load_file
-
-    run_gloo(_two_processes, tmp_path, str(tmp_path))
-    one = trainer(tmp_path, p_max=0.0, **SGD, per_device_train_batch_size=8)
-    start = {k: v.clone() for k, v in one.model.state_dict().items()}
-    one.train()
-    two = load_file(tmp_path / "two/model.safetensors")
-    for name, weight in one.model.state_dict().items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-6)
-    assert not torch.equal(two["lm_head.weight"], start["lm_head.weight"])
 
 
 def test_evaluation_is_of_the_last_layer(tmp_path: Path) -> None:

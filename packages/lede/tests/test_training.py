@@ -11,7 +11,7 @@ import torch
 import lede
 from lede import CostModel, ExperienceTable, QPolicy, TrainConfig
 from lede.policies import updated_ema
-from lede.training import _Trainer, build_episodes
+from lede.training import EpisodeArrays, build_episodes, conservative_loss
 
 COST = CostModel.memory_bound(12)
 
@@ -164,11 +164,12 @@ def test_training_is_reproducible() -> None:
         {"target": "bootstrap"},
         {"algo": "cql", "target": "returns"},
         {"target": "returns"},
+        {"algo": "fqi"},
     ],
 )
 def test_every_design_trains(settings: dict[str, str]) -> None:
     table = two_regimes(16, 30)
-    config = TrainConfig(steps=400, refresh=100, batch=256, **settings)
+    config = TrainConfig(steps=200, refresh=50, batch=256, **settings)
     result = lede.train_policy(table, COST, config)
     assert result.rho > 1.0
     assert len(result.history) == 3
@@ -177,7 +178,7 @@ def test_every_design_trains(settings: dict[str, str]) -> None:
 def test_returns_against_a_loop() -> None:
     """Both actions' values under a random network's greedy continuation, state by state."""
     table = two_regimes(3, 12)
-    trainer = _Trainer(table, COST, TrainConfig())
+    trainer = EpisodeArrays(table, COST, TrainConfig())
     from lede.qpolicy import QNetwork
 
     torch.manual_seed(0)
@@ -215,6 +216,101 @@ def test_returns_against_a_loop() -> None:
         assert walk[n, 0, 1] == pytest.approx(first[0], abs=1e-4)
         deeper = rho * (table.exits[1] - table.exits[0] + look) / unit
         assert walk[n, 0, 0] == pytest.approx(first[1] - deeper, abs=1e-4)
+
+
+def test_double_dqn_targets_in_numpy() -> None:
+    """r + Q_target(s', argmax Q(s')), one decision on; at the budget's end the round's payoff."""
+    from lede.qpolicy import QNetwork
+
+    table = two_regimes(3, 12)
+    arrays = EpisodeArrays(table, COST, TrainConfig())
+    torch.manual_seed(0)
+    network, target = QNetwork(13, 2), QNetwork(13, 2)
+    rho, unit, exits = 1.4, COST.autoregressive, table.exits
+    look = COST.head[0] + COST.look
+    (q_draft, q_walk), (t_draft, t_walk) = (
+        [q.numpy() for q in arrays.q_all(n)] for n in (network, target)
+    )
+    lead, e = table.leading(), arrays.e
+
+    def payoff(n: int, j: int, k: int) -> float:
+        tokens = 1 + min(int(lead[e.text[n], j, e.position[n]]), k - 1)
+        late = (12 - exits[j]) * COST.layer_cost(k) + COST.head_cost(k)
+        return float(tokens - rho * late / unit)
+
+    n, j, i = arrays.valid.nonzero().T
+    found = arrays.bootstrap(network, target, rho, n, j, i).numpy()
+    ends = 0
+    for row, (n_, j_, i_) in enumerate(zip(n.tolist(), j.tolist(), i.tolist(), strict=True)):
+        k = i_ + 1  # passes so far
+        assert found[row, 1] == pytest.approx(payoff(n_, j_, k), abs=1e-4)
+        fed = rho * exits[j_] / unit
+        if k == e.limit[n_]:  # no further decision, and no further look
+            later, ends = payoff(n_, j_, k + 1), ends + 1
+        else:
+            later = t_draft[n_, j_, i_ + 1, q_draft[n_, j_, i_ + 1].argmax()] - rho * look / unit
+        assert found[row, 0] == pytest.approx(later - fed, abs=1e-4)
+    assert 0 < ends < len(n)
+    starts = torch.arange(len(e.text))
+    found = arrays.bootstrap_walk(network, target, rho, starts, torch.zeros_like(starts)).numpy()
+    for n_ in range(len(e.text)):
+        here = t_draft[n_, 0, 0, q_draft[n_, 0, 0].argmax()]
+        deep = t_draft[n_, 1, 0, q_draft[n_, 1, 0].argmax()]
+        step = rho * (exits[1] - exits[0] + look) / unit
+        assert found[n_, 1] == pytest.approx(here, abs=1e-4)
+        assert found[n_, 0] == pytest.approx(deep - step, abs=1e-4)
+    assert q_walk.shape == t_walk.shape  # with two exits, no walk state follows another
+
+
+def test_conservative_loss_in_numpy() -> None:
+    rng = np.random.default_rng(0)
+    q, y = rng.normal(size=(2, 50, 2))
+    taken = rng.integers(2, size=50)
+    rows = np.arange(50)
+    expected = np.mean(
+        (q[rows, taken] - y[rows, taken]) ** 2 + 0.7 * (np.log(np.exp(q).sum(1)) - q[rows, taken])
+    )
+    tensors = torch.from_numpy(q).requires_grad_(), torch.from_numpy(y), torch.from_numpy(taken)
+    loss = conservative_loss(*tensors, alpha=0.7)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda value: conservative_loss(value, *tensors[1:], alpha=0.7), tensors[0]
+    )
+
+
+def test_transitions_add_up_to_rounds() -> None:
+    """The rewards of an exported episode are its tokens minus ρ times the round's counted cost."""
+    table, rho = two_regimes(6, 20), 1.3
+    config = TrainConfig(seed=4, stride=2)
+    found = lede.to_d3rlpy(table, COST, config, rho=rho)
+    e, lead = build_episodes(table, 2), table.leading()
+    ends = np.flatnonzero(found["terminals"])
+    assert len(ends) == len(e.text)
+    assert len({len(v) for v in found.values()}) == 1
+    assert found["observations"].dtype == found["rewards"].dtype == np.float32
+    first, lengths, kinds = 0, set(), set()
+    for n, end in enumerate(ends):
+        action = found["actions"][first : end + 1].tolist()
+        total = found["rewards"][first : end + 1].sum()
+        phase = found["observations"][first : end + 1, 0]
+        walked = int((phase == 0).sum())
+        assert walked == 1  # two exits: one decision to climb
+        j = 0 if action[0] == 1 else 1
+        drafts = action[walked:].count(0)
+        stopped = action[-1] == 1
+        assert stopped or drafts == e.limit[n]
+        k = drafts + 1
+        seen = drafts + stopped  # passes looked at, each with a head
+        tokens = 1 + min(int(lead[e.text[n], j, e.position[n]]), drafts)
+        cost = COST.round(table.exits[j], k, seen + j, seen + j) / COST.autoregressive
+        assert total == pytest.approx(tokens - rho * cost, abs=1e-4)
+        lengths.add(k)
+        kinds.add((j, stopped))
+        first = end + 1
+    assert len(kinds) == 4
+    assert max(lengths) == 9
+    by_default = lede.to_d3rlpy(table, COST, config)["rewards"]
+    assert not np.array_equal(by_default, found["rewards"])
 
 
 def test_episodes_repeat_the_table() -> None:

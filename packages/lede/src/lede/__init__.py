@@ -6,6 +6,7 @@ from lede.cost import CostModel, calibrate, expected_speedup, expected_tokens
 from lede.decoding import LedeOutput, SelfSpeculativeDecoder, custom_generate
 from lede.errors import PolicyMismatchError, UnsupportedModelError
 from lede.experience import ExperienceTable, collect
+from lede.export import to_d3rlpy
 from lede.policies import (
     AutoregressivePolicy,
     ConfidenceExitPolicy,
@@ -65,6 +66,7 @@ __all__ = [
     "register_adapter",
     "simulate",
     "supported_model_types",
+    "to_d3rlpy",
     "train_policy",
 ]
 

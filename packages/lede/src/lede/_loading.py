@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lede.cost import CostModel
 from lede.decoding import SelfSpeculativeDecoder
-from lede.experience import ExperienceTable
+from lede.experience import ExperienceTable, collect
 from lede.presets import DATASETS, get_preset
 from shared_core.device import seed_everything, select_device, select_dtype
 from shared_core.errors import InputError
+from shared_core.parallel import join_processes
 
 
 def load_model(
@@ -45,6 +47,18 @@ def load_model(
     return loaded.to(device).eval(), tokenizer, found.exit_layers if found else None
 
 
+def parse_exits(given: str | None, own: tuple[int, ...] | None = None) -> list[int]:
+    """Exit layers by commas; by default the preset's.
+
+    Raises:
+        InputError: If they are not numbers.
+    """
+    try:
+        return [int(e) for e in given.split(",")] if given else list(own or [])
+    except ValueError as error:
+        raise InputError(f"--exit-layers {given}; give numbers, by commas") from error
+
+
 def tokenize(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Ids and mask, padded at the left."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -68,11 +82,11 @@ def load_decoder(
     count: int | None,
     model: str | None,
     preset: str | None,
-    exits: list[int],
+    exits: str | None,
     max_draft: int,
     dtype: str,
     seed: int,
-    device: str,
+    device: str | torch.device,
     **options: Any,
 ) -> tuple[SelfSpeculativeDecoder, Any, Tensor, Tensor]:
     """Decoder, tokenizer, prompt ids and their mask on the device, from a command's options.
@@ -82,15 +96,52 @@ def load_decoder(
     Raises:
         InputError: If something cannot be loaded or no exits are named.
     """
-    chosen = select_device(device)
+    chosen = select_device(str(device))
     seed_everything(seed)
     lines = load_prompts(prompts, count)
     loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
-    if not (exits or own):
+    chosen_exits = parse_exits(exits, own)
+    if not chosen_exits:
         raise InputError("say where to exit: --exit-layers 2,4 or a --preset")
-    decoder = SelfSpeculativeDecoder(loaded, exits or own or (), max_draft=max_draft, **options)
+    decoder = SelfSpeculativeDecoder(loaded, chosen_exits, max_draft=max_draft, **options)
     ids, mask = tokenize(tokenizer, lines)
     return decoder, tokenizer, ids.to(chosen), mask.to(chosen)
+
+
+def collect_shares(
+    decoder: SelfSpeculativeDecoder,
+    ids: Tensor,
+    mask: Tensor,
+    folder: Path,
+    device: torch.device,
+    **options: Any,
+) -> ExperienceTable | None:
+    """Tabulate prompts, a share in each process that a launcher started.
+
+    Returns:
+        The table of all prompts in their order; in the other processes ``None``.
+
+    Raises:
+        InputError: If there are fewer prompts than processes.
+    """
+    with join_processes(device) as here:
+        if len(ids) < here.world:
+            raise InputError(
+                f"{len(ids)} prompts for {here.world} processes; give at least as many"
+            )
+        share = torch.arange(len(ids)).tensor_split(here.world)[here.rank]
+        table = collect(decoder, ids[share], attention_mask=mask[share], **options)
+        if here.world == 1:
+            return table
+        parts = [folder / f"experience-{rank:05d}.safetensors" for rank in range(here.world)]
+        table.save(parts[here.rank])
+        dist.barrier()
+        if not here.first:
+            return None
+        whole = ExperienceTable.cat([ExperienceTable.load(part) for part in parts])
+        for part in parts:
+            part.unlink()
+        return whole
 
 
 def load_experience(folder: Path) -> tuple[ExperienceTable, CostModel]:

@@ -17,17 +17,20 @@ from lede.policies import EMA_START, Observation, Policy, chance, updated_ema
 from lede.stats import DecodeStats, Round
 from lede.verification import verify_greedy, verify_sampled
 
+COLLAPSED = 0.1  # moving average of the accepted share below which drafting is of no use
+
 
 @dataclass
 class Look:
     """What is seen at an exit.
 
-    Normed hidden states [B, 1, C] and features [B, 3] (NaN without a head); where the head ran,
-    processed logits [B, V] and top tokens [B]; the probe's outputs [B, 2] if there is one.
+    Hidden states [B, 1, C] and features [B, 3] (NaN without a head); where the head ran, processed
+    logits [B, V] and top tokens [B]; if there is a probe, the normed states and its outputs [B, 2].
     """
 
-    normed: Tensor
+    hidden: Tensor
     features: np.ndarray
+    normed: Tensor | None = None
     scores: Tensor | None = None
     top: Tensor | None = None
     top_host: np.ndarray | None = None
@@ -77,12 +80,16 @@ class Rounds:
         generator: torch.Generator | None = None,
         min_active: float = 0.5,
         static_cache: bool = False,
+        verifier: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = verify_greedy,
+        fallback_rounds: int | None = None,
     ) -> None:
         rows, width = prompt.shape
         self.runner, self.policy, self.exits = runner, policy, tuple(exits)
         self.max_draft, self.max_length, self.min_active = max_draft, max_length, min_active
         self.eos, self.sample, self.processors = np.array(eos, dtype=np.int64), sample, processors
         self.criteria, self.generator = criteria, generator
+        self.verifier = verifier
+        self.fallback_rounds, self._useless = fallback_rounds, 0
         self.prompt, self.padding = width, padding
         self.tokens = np.zeros((rows, max(max_length, width)), dtype=np.int64)
         self.tokens[:, :width] = prompt.cpu().numpy()
@@ -111,7 +118,12 @@ class Rounds:
     def stats(self) -> DecodeStats:
         """What was done so far."""
         log = [Round(*row) for told in self._told for row in told.tolist()]
-        return DecodeStats(self.runner.depth, self.tokens_made, log=log)
+        return DecodeStats(
+            self.runner.depth,
+            self.tokens_made,
+            log=log,
+            lossless=getattr(self.verifier, "lossless", True),
+        )
 
     def _pass(self, hidden: Tensor, first: int, last: int, starts: np.ndarray) -> Tensor:
         """Run layers first..last, noting the hidden states at candidates if a policy asks."""
@@ -143,16 +155,17 @@ class Rounds:
 
     def _look(self, hidden: Tensor, layer: int, drafts: Sequence[Tensor], head: bool) -> Look:
         """What a policy may see of an exit: probe and, if wanted, distribution; one small copy."""
-        normed = self.runner.normalize(hidden[:, -1:])
-        look = Look(normed, self._unseen)
+        look = Look(hidden[:, -1:], self._unseen)
         parts = []
-        if head:
-            look.scores = self._processed(self.runner.head(normed)[:, -1], drafts)
-            features, look.top = confidence_features(look.scores)
-            parts = [features.double(), look.top[:, None].double()]
         if self.policy.probe is not None:
-            outputs = self.policy.probe(normed[:, -1], self.exits.index(layer))
-            parts.append(outputs.double().to(normed.device))
+            look.normed = self.runner.normalize(look.hidden)
+        if head:
+            scores = self._scores(look, drafts)
+            features, look.top = confidence_features(scores)
+            parts = [features.double(), look.top[:, None].double()]
+        if look.normed is not None:
+            outputs = self.policy.probe(look.normed[:, -1], self.exits.index(layer))
+            parts.append(outputs.double().to(look.normed.device))
         if not parts:
             return look
         host = torch.cat(parts, 1).cpu().numpy()
@@ -165,10 +178,16 @@ class Rounds:
             look.probe = host
         return look
 
+    def _scores(self, look: Look, drafts: Sequence[Tensor]) -> Tensor:
+        """Run the head at a look; norm and head in one call where the norm has not run."""
+        run = self.runner
+        raw = run.logits(look.hidden) if look.normed is None else run.head(look.normed)
+        look.scores = self._processed(raw[:, -1], drafts)
+        return look.scores
+
     def _run_head(self, look: Look, drafts: Sequence[Tensor]) -> None:
         """The distribution to draft from, where no decision needed it."""
-        look.scores = self._processed(self.runner.head(look.normed)[:, -1], drafts)
-        look.top = look.scores.argmax(-1)
+        look.top = self._scores(look, drafts).argmax(-1)
         if len(self.eos) and not self.sample:
             look.top_host = look.top.cpu().numpy()
 
@@ -246,7 +265,8 @@ class Rounds:
         q: list[Tensor] = []
         passes = np.ones(rows, dtype=np.int64)
         self._heads, self._looks = (np.zeros(rows, dtype=np.int64) for _ in range(2))
-        if self.policy.autoregressive or not budget.any():
+        given_up = self.fallback_rounds is not None and self._useless >= self.fallback_rounds
+        if self.policy.autoregressive or given_up or not budget.any():
             layer, hidden = depth, self._pass(hidden, 0, depth, start)
         else:
             hidden, layer, look, agree = self._walk(hidden, start)
@@ -272,7 +292,7 @@ class Rounds:
         else:
             top, predictions = scores.max(-1)
             broken = torch.isnan(top[active]).any()
-            accepted, final = verify_greedy(predictions, proposed, counts)
+            accepted, final = self.verifier(predictions, proposed, counts)
             share = (predictions[:, :width] == proposed).double() if chances else None
         told = torch.cat([accepted[:, None], final[:, None], proposed], 1)
         taken = torch.cat([told, broken.long().expand(rows, 1)], 1).cpu().numpy()
@@ -387,6 +407,8 @@ class Rounds:
         self._told.append(np.stack(columns, 1)[active])
         drafted = passes - 1
         self.ema[active] = updated_ema(self.ema, accepted, drafted)[active]
+        useless = bool((self.ema[active] < COLLAPSED).all())
+        self._useless = self._useless + 1 if useless else 0
         self.last_accepted[active] = accepted[active] / self.max_draft
         shares = None if shadow is None else shadow[active]
         self.policy.end_round(active, accepted[active], drafted[active], shares)

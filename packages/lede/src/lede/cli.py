@@ -152,17 +152,18 @@ def generate(
 ) -> None:
     """Continue a text, with a trained policy or a static pair (the middle of --exit-layers).
 
+    After 32 rounds with hardly an accepted draft it decodes plainly to the end.
     With --out the rounds are kept there, with pictures: where it exited, token by token.
     """
     from lede import QPolicy, SelfSpeculativeDecoder, StaticPolicy
-    from lede._loading import load_model, tokenize
+    from lede._loading import load_model, parse_exits, tokenize
     from shared_core.device import seed_everything, select_device, select_dtype
     from shared_core.run import RunFolder
 
     chosen = select_device(device)
     seed_everything(seed)
     loaded, tokenizer, own = load_model(model, preset, select_dtype(dtype, chosen), chosen)
-    exits = _exits(exit_layers, own)
+    exits = parse_exits(exit_layers, own)
     learned = QPolicy.from_pretrained(policy) if policy else None
     if learned is not None:
         exits, max_draft = list(learned.exits), learned.longest
@@ -170,12 +171,11 @@ def generate(
         raise InputError("say where to exit: --exit-layers 2,4, a --preset, or a --policy")
     decides = learned or StaticPolicy(exits[len(exits) // 2], min(num_draft, max_draft))
     decoder = SelfSpeculativeDecoder(
-        loaded, exits, max_draft=max_draft, policy=decides, compile=compile
+        loaded, exits, max_draft=max_draft, policy=decides, compile=compile, fallback_rounds=32
     )
     ids, mask = tokenize(tokenizer, [prompt])
-    settings: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        settings = {"do_sample": True, "temperature": temperature}
+    hot = {"do_sample": True, "temperature": temperature}
+    settings: dict[str, Any] = hot if temperature else {"do_sample": False}
     found = decoder.generate(
         ids.to(chosen),
         attention_mask=mask.to(chosen),
@@ -197,13 +197,6 @@ def generate(
         run.write_metrics(metrics)
         _draw(run)
     show_result(metrics, text, as_json=as_json)
-
-
-def _exits(given: str | None, own: tuple[int, ...] | None = None) -> list[int]:
-    try:
-        return [int(e) for e in given.split(",")] if given else list(own or [])
-    except ValueError as error:
-        raise InputError(f"--exit-layers {given}; give numbers, by commas") from error
 
 
 @command(app)
@@ -233,22 +226,34 @@ def collect(
 ) -> None:
     """Generate greedily from prompts and tabulate what every exit would have drafted.
 
-    For a validation set, give other prompts and --probe-of the training experience.
+    For a validation set, give other prompts and --probe-of the training experience. Under torchrun
+    each process tabulates its share of the prompts.
     """
     import lede
-    from lede._loading import load_decoder, load_experience
+    from lede._loading import collect_shares, load_decoder, load_experience
+    from shared_core.parallel import launched
     from shared_core.run import RunFolder
 
+    here = launched(device)
     decoder, tokenizer, ids, mask = load_decoder(
-        prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype, seed, device
+        prompts,
+        num_samples,
+        model,
+        preset,
+        exit_layers,
+        max_draft,
+        dtype,
+        seed,
+        here.device,
     )
     run = RunFolder(out or Path("runs/lede/collect"))
     settings = {"model": model, "preset": preset, "exits": decoder.exits, "max_draft": max_draft}
-    run.write_config(
-        "lede collect",
-        {**settings, "max_new_tokens": max_new_tokens, "probe": probe, "seed": seed},
-        distributions=["lede", "transformers"],
-    )
+    if here.first:
+        run.write_config(
+            "lede collect",
+            {**settings, "max_new_tokens": max_new_tokens, "probe": probe, "seed": seed},
+            distributions=["lede", "transformers"],
+        )
     common = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     eye, first = None, 0
     if probe_of is not None:
@@ -258,7 +263,11 @@ def collect(
         if not first:
             raise InputError("a probe takes half of the prompts: give two or more, or --no-probe")
         eye = lede.fit_probe(decoder, ids[:first], attention_mask=mask[:first], seed=seed, **common)
-    table = lede.collect(decoder, ids[first:], attention_mask=mask[first:], probe=eye, **common)
+    table = collect_shares(
+        decoder, ids[first:], mask[first:], run.path, here.device, probe=eye, **common
+    )
+    if table is None:  # the first process has it
+        return
     table.save(run.path / "experience.safetensors")
     cost = lede.calibrate(decoder) if calibrate else lede.CostModel.memory_bound(table.depth)
     cost.save(run.path / "cost.json")
@@ -285,7 +294,7 @@ def train_policy(
     target: Annotated[
         str, typer.Option("--target", help="expected, returns or bootstrap.")
     ] = "expected",
-    algo: Annotated[str, typer.Option("--algo", help="ddqn or cql.")] = "ddqn",
+    algo: Annotated[str, typer.Option("--algo", help="ddqn, cql or fqi.")] = "ddqn",
     out: Out = None,
     seed: Seed = 0,
     plots: Plots = True,
@@ -394,7 +403,7 @@ def sweep(
     from shared_core.run import RunFolder
 
     decoder, tokenizer, ids, mask = load_decoder(
-        prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype, seed, device
+        prompts, num_samples, model, preset, exit_layers, max_draft, dtype, seed, device
     )
     run = RunFolder(out or Path("runs/lede/sweep"))
     settings = {"model": model, "preset": preset, "exits": decoder.exits, "max_draft": max_draft}
@@ -452,15 +461,15 @@ def bench(
     """
     import lede
     from lede import bench as the_bench
-    from lede._loading import load_decoder
+    from lede._loading import load_decoder, parse_exits
     from shared_core.run import RunFolder
 
     learned = lede.QPolicy.from_pretrained(policy) if policy else None
     if learned is not None:
         exit_layers, max_draft = ",".join(map(str, learned.exits)), learned.longest
-    what = (prompts, num_samples, model, preset, _exits(exit_layers), max_draft, dtype)
+    what = (prompts, num_samples, model, preset, exit_layers, max_draft, dtype)
     decoder, tokenizer, ids, mask = load_decoder(*what, seed, device, compile=compile)
-    pair = _exits(static, (decoder.exits[len(decoder.exits) // 2], min(6, max_draft)))
+    pair = parse_exits(static, (decoder.exits[len(decoder.exits) // 2], min(6, max_draft)))
     if len(pair) != 2 or pair[0] not in decoder.exits or not 1 <= pair[1] <= max_draft:
         raise InputError(f"--static {static}; give an exit of {decoder.exits} and 1 to {max_draft}")
     common = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}

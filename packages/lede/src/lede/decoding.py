@@ -13,9 +13,12 @@ from lede.adapters import layer_runner
 from lede.compiled import CompiledRunner
 from lede.policies import Policy, StaticPolicy
 from lede.stats import DecodeStats
+from lede.verification import verify_greedy
 from shared_core.errors import InputError
 
 __all__ = ["LedeOutput", "SelfSpeculativeDecoder", "check_exits", "custom_generate"]
+
+Verifier = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def check_exits(exit_layers: Sequence[int], depth: int, max_draft: int) -> tuple[int, ...]:
@@ -69,6 +72,11 @@ class SelfSpeculativeDecoder:
             CUDA as CUDA graphs. A string names another backend of ``torch.compile``. The first
             calls compile; a decoder keeps its graphs as long as batch size and rounded length stay.
         min_active: In a batch, drafting ends when fewer than this share of rows want more.
+        verifier: Instead of `lede.verification.verify_greedy`, such as
+            `lede.testing.ScriptedVerifier`; for greedy decoding.
+        fallback_rounds: Decode plainly to the end once the moving average of the accepted share has
+            been below a tenth, in all rows, for so many rounds in a row; ``None`` for never. A
+            replay (`lede.simulate`) does not know of it.
 
     Raises:
         InputError: For bad exits, an unsupported model or an unknown cache.
@@ -94,6 +102,8 @@ class SelfSpeculativeDecoder:
         cache: str = "dynamic",
         compile: bool | str = False,
         min_active: float = 0.5,
+        verifier: Verifier = verify_greedy,
+        fallback_rounds: int | None = None,
     ) -> None:
         self.model: Any = model
         self.runner = layer_runner(model)
@@ -109,6 +119,10 @@ class SelfSpeculativeDecoder:
             backend = compile if isinstance(compile, str) else "inductor"
             self.compiled = CompiledRunner(self.runner, self.exits, max_draft, backend=backend)
         self.min_active = min_active
+        self.verifier = verifier
+        if fallback_rounds is not None and fallback_rounds < 1:
+            raise InputError(f"fallback_rounds={fallback_rounds}; accepted: at least 1, or None")
+        self.fallback_rounds = fallback_rounds
 
     def generate(
         self,
@@ -178,6 +192,8 @@ class SelfSpeculativeDecoder:
     ) -> tuple[Tensor, DecodeStats]:
         began = time.perf_counter()
         _check_mode(generation_config, use_cache)
+        if generation_config.do_sample and self.verifier is not verify_greedy:
+            raise InputError("verifier= is for greedy decoding; leave it out to sample")
         rows = input_ids.shape[0]
         if streamer is not None and rows > 1:
             raise InputError(f"a streamer takes one sequence at a time, not a batch of {rows}")
@@ -207,6 +223,8 @@ class SelfSpeculativeDecoder:
                 generator=generator,
                 min_active=self.min_active,
                 static_cache=self.static_cache,
+                verifier=self.verifier,
+                fallback_rounds=self.fallback_rounds,
             )
             while not rounds.done.all():
                 before = int(rounds.n[0])
@@ -276,17 +294,20 @@ def custom_generate(
     exit_layers: Sequence[int] | None = None,
     max_draft: int | None = None,
     compile: bool | str = False,
+    **options: Any,
 ) -> Callable[..., Any]:
     """A loop for ``model.generate(..., custom_generate=lede.custom_generate(policy))``.
 
     transformers does not hand ``streamer`` to such a loop: pass it as ``lede_streamer``, or use
-    `SelfSpeculativeDecoder.generate`.
+    `SelfSpeculativeDecoder.generate`. Either way it gets the prompt first, as from ``generate``.
 
     Args:
         policy: Who decides.
         exit_layers: Candidates; by default the policy's own.
         max_draft: Longest draft; by default the policy's own, else 12.
         compile: See `SelfSpeculativeDecoder`; the graphs are kept while the model is the same.
+        options: Further ones of `SelfSpeculativeDecoder`, such as
+            ``fallback_rounds``.
 
     Returns:
         A callable that returns token ids, or a `LedeOutput` with
@@ -317,10 +338,12 @@ def custom_generate(
         if not made or made[0].model is not model:
             made[:] = [
                 SelfSpeculativeDecoder(
-                    model, exits, max_draft=longest, policy=policy, compile=compile
+                    model, exits, max_draft=longest, policy=policy, compile=compile, **options
                 )
             ]
         decoder = made[0]
+        if lede_streamer is not None:
+            lede_streamer.put(input_ids.cpu())
         sequences, stats = decoder._decode(input_ids, policy, lede_streamer, None, **given)
         if given["generation_config"].return_dict_in_generate:
             return LedeOutput(sequences, stats)

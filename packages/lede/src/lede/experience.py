@@ -10,8 +10,8 @@ often confident on its own wrong branch.)
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,33 @@ class ExperienceTable:
             tuple(self.segment[r] for r in rows) if self.segment else (),
             self.probe,
         )
+
+    @classmethod
+    def cat(cls, tables: Sequence["ExperienceTable"]) -> "ExperienceTable":
+        """The texts of several tables of the same decoder, in one.
+
+        Args:
+            tables: One or more; they are left as they are.
+
+        Raises:
+            InputError: If there is none, or their exits, depths, draft lengths or probes differ.
+        """
+        if not tables:
+            raise InputError("no tables; give one or more")
+        first = tables[0]
+        for other in tables[1:]:
+            for name in ("exits", "depth", "max_draft", "eos"):
+                if getattr(other, name) != getattr(first, name):
+                    raise InputError(
+                        f"the tables differ in {name}: {getattr(first, name)} and "
+                        f"{getattr(other, name)}; they must be of one decoder"
+                    )
+            if (first.probe is None) != (other.probe is None) or (
+                first.probe and other.probe and not _same(first.probe.weights, other.probe.weights)
+            ):
+                raise InputError("the tables were collected with different probes")
+        segment = [label for t in tables for label in t.segment]
+        return _concatenate(list(tables), tuple(segment))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as one safetensors file."""
@@ -307,6 +334,10 @@ def _continue(
     return np.stack(top, 1), np.stack(features, 1)
 
 
+def _same(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
 def _concatenate(parts: list[ExperienceTable], segment: tuple[str, ...]) -> ExperienceTable:
     longest = max(p.tokens.shape[1] for p in parts)
 
@@ -320,8 +351,10 @@ def _concatenate(parts: list[ExperienceTable], segment: tuple[str, ...]) -> Expe
         return np.concatenate(out)
 
     offsets = np.cumsum([0, *(len(p.branch_top) for p in parts)])
-    for part, offset in zip(parts, offsets, strict=False):
-        part.branch = np.where(part.branch < 0, -1, part.branch + offset)
+    parts = [
+        replace(part, branch=np.where(part.branch < 0, -1, part.branch + offset))
+        for part, offset in zip(parts, offsets, strict=False)
+    ]
     first = parts[0]
     return ExperienceTable(
         first.exits,

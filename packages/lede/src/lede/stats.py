@@ -42,6 +42,7 @@ class DecodeStats:
         tokens: Committed tokens, over all rows.
         wall_s: Seconds, prefill included.
         log: Every round of every row.
+        lossless: Whether the output is the model's own; not with a scripted verifier.
 
     Examples:
         >>> stats = DecodeStats(8, tokens=4, log=[Round(0, 0, 2, 4, 2), Round(0, 3, 8, 1, 0)])
@@ -53,6 +54,7 @@ class DecodeStats:
     tokens: int = 0
     wall_s: float = 0.0
     log: list[Round] = field(default_factory=list)
+    lossless: bool = True
 
     @property
     def rounds(self) -> int:
@@ -115,6 +117,7 @@ class DecodeStats:
             "mean_draft_len": self.mean_draft_len,
             "tokens_per_round": self.tokens_per_round,
             "wall_s": self.wall_s,
+            "lossless": self.lossless,
             "exit_histogram": dict(sorted(Counter(r.exit for r in self.log).items())),
             "draft_histogram": dict(sorted(Counter(r.passes - 1 for r in self.log).items())),
         }

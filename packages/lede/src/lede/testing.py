@@ -6,7 +6,7 @@ import torch
 
 from shared_core.errors import InputError
 
-__all__ = ["TINY_MODEL_TYPES", "synthetic_llama", "tiny_model"]
+__all__ = ["TINY_MODEL_TYPES", "ScriptedVerifier", "synthetic_llama", "tiny_model"]
 
 _SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -174,6 +174,48 @@ def synthetic_llama(
             agreement = (early.argmax(-1) == final.argmax(-1)).float().mean().item()
             low, high = (scale, high) if agreement > acceptance else (low, scale)
     return model
+
+
+class ScriptedVerifier:
+    """Accepts every draft with a fixed chance, whatever the model says: for timing alone.
+
+    The output is **not** the model's: ``stats.lossless`` says so.
+
+    Args:
+        acceptance: The chance.
+        seed: Of the draws.
+
+    Raises:
+        InputError: If the chance is not in 0 .. 1.
+
+    Examples:
+        >>> verifier = ScriptedVerifier(1.0)
+        >>> verifier(torch.tensor([[5, 6, 7]]), torch.tensor([[1, 2]]), torch.tensor([2]))
+        (tensor([2]), tensor([7]))
+    """
+
+    lossless = False
+
+    def __init__(self, acceptance: float, seed: int = 0) -> None:
+        if not 0 <= acceptance <= 1:
+            raise InputError(f"acceptance={acceptance}; accepted: 0 to 1")
+        self.acceptance = acceptance
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(
+        self, predictions: torch.Tensor, drafts: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accepted drafts per row, and the model's token after them.
+
+        Args:
+            predictions: [B, k].
+            drafts: [B, k - 1].
+            counts: Drafts of each row, [B].
+        """
+        lucky = torch.rand(drafts.shape, generator=self._generator) < self.acceptance
+        real = torch.arange(drafts.shape[1], device=drafts.device) < counts[:, None]
+        accepted = (lucky.to(drafts.device) & real).long().cumprod(1).sum(1)
+        return accepted, predictions.gather(1, accepted[:, None])[:, 0]
 
 
 def _writers(layer: Any) -> list[torch.Tensor]:

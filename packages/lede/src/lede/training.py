@@ -31,7 +31,9 @@ class TrainConfig:
 
     Attributes:
         algo: ``ddqn`` regresses both actions of a state; ``cql`` only the logged one, and keeps
-            the other down by α (logsumexp Q - Q(logged)).
+            the other down by α (logsumexp Q - Q(logged)); ``fqi``: fitted Q iteration, which
+            regresses on r + max Q of the network as it was at the last refresh, whatever `target`
+            says (Ernst et al. 2005); `steps` must allow `refresh` as often as a round is long.
         target: ``expected``: realised rounds of the current policy with the tokens replaced by a
             fitted probability of acceptance; ``returns``: with the tokens that came; ``bootstrap``:
             one-step double DQN, as in the paper.
@@ -64,8 +66,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.algo not in ("ddqn", "cql"):
-            raise InputError(f"algo={self.algo!r}; accepted: ddqn, cql")
+        if self.algo not in ("ddqn", "cql", "fqi"):
+            raise InputError(f"algo={self.algo!r}; accepted: ddqn, cql, fqi")
         if self.target not in ("expected", "returns", "bootstrap"):
             raise InputError(f"target={self.target!r}; accepted: expected, returns, bootstrap")
         if self.steps < 1 or self.refresh < 1 or self.batch < 1:
@@ -142,7 +144,7 @@ class TrainResult:
     rho: float
 
 
-class _Trainer:
+class EpisodeArrays:
     """Static arrays of the episodes, and the targets that a policy and ρ give them."""
 
     def __init__(
@@ -327,7 +329,7 @@ class _Trainer:
         return torch.stack([later, here], -1)
 
 
-def _expected_tokens(trainer: _Trainer, generator: torch.Generator, steps: int) -> Tensor:
+def _expected_tokens(trainer: EpisodeArrays, generator: torch.Generator, steps: int) -> Tensor:
     """Tokens with 0/1 outcomes replaced by a fitted P(all drafts up to i right | state i)."""
     network = QNetwork(trainer.draft_states.shape[-1], trainer.m, trainer.config.hidden)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
@@ -346,6 +348,24 @@ def _expected_tokens(trainer: _Trainer, generator: torch.Generator, steps: int) 
     q_draft, _ = trainer.q_all(network)
     alive = torch.cat([torch.ones_like(q_draft[..., :1, 0]), q_draft[..., 0].sigmoid()], -1)
     return alive.cumsum(-1)
+
+
+def conservative_loss(q: Tensor, y: Tensor, taken: Tensor, alpha: float) -> Tensor:
+    """CQL: squared error of the logged action, and α (logsumexp Q - Q(logged)); the mean of both.
+
+    Args:
+        q: Values of both actions, [N, 2].
+        y: Targets of both, [N, 2].
+        taken: The logged action, int64, [N].
+        alpha: α.
+
+    Examples:
+        >>> q, y = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 3.0]])
+        >>> round(conservative_loss(q, y, torch.tensor([0]), alpha=1.0).item(), 4)
+        1.6931
+    """
+    logged, goal = (v.gather(1, taken[:, None])[:, 0] for v in (q, y))
+    return ((logged - goal) ** 2 + alpha * (q.logsumexp(1) - logged)).mean()
 
 
 def train_policy(
@@ -385,7 +405,7 @@ class _Measure:
     ) -> None:
         self.source, self.cost = source, cost
         self._rollouts = (
-            None if isinstance(source, ExperienceTable) else _Trainer(source, cost, config)
+            None if isinstance(source, ExperienceTable) else EpisodeArrays(source, cost, config)
         )
 
     def __call__(self, network: QNetwork, policy: QPolicy) -> tuple[dict[str, float], Any]:
@@ -411,7 +431,7 @@ def _train(
     config: TrainConfig,
     generator: torch.Generator,
 ) -> TrainResult:
-    trainer = _Trainer(table, cost, config)
+    trainer = EpisodeArrays(table, cost, config)
     on_training, on_held_out = (_Measure(t, cost, config) for t in (table, held_out))
     if isinstance(table, ExperienceTable):
         static, rho = best_static(table, cost)
@@ -448,6 +468,8 @@ def _train(
                 rho = max(1.0, result.pop("speedup"))
             if contexts is not None:
                 visited = _use_contexts(trainer, contexts)
+            if config.algo == "fqi":
+                target.load_state_dict(network.state_dict())
             draft, walk = trainer.returns(network, rho, tokens)
             value = on_held_out(network, policy)[0]["speedup"]
             checkpoints.append((value, policy))
@@ -474,27 +496,26 @@ def _train(
         w_j = torch.randint(max(1, trainer.m - 1), (size,), generator=generator)
         q = network(trainer.draft_states[n, j, i], j, DRAFT)
         q_walk = network(trainer.walk_states[w_n, w_j], w_j, WALK)
-        if config.target == "bootstrap":
-            y = trainer.bootstrap(network, target, rho, n, j, i)
-            y_walk = trainer.bootstrap_walk(network, target, rho, w_n, w_j)
+        if config.algo == "fqi" or config.target == "bootstrap":
+            chooser = target if config.algo == "fqi" else network
+            y = trainer.bootstrap(chooser, target, rho, n, j, i)
+            y_walk = trainer.bootstrap_walk(chooser, target, rho, w_n, w_j)
         else:
             y, y_walk = draft[n, j, i], walk[w_n, w_j]
-        error = (q - y) ** 2
         if config.algo == "cql":
-            taken = logged[n, j, i]
-            error = error.gather(1, taken[:, None])
-            chosen = q.gather(1, taken[:, None])[:, 0]
-            error = error + config.alpha * (q.logsumexp(1) - chosen)[:, None]
-        loss = error.mean()
+            loss = conservative_loss(q, y, logged[n, j, i], config.alpha)
+        else:
+            loss = ((q - y) ** 2).mean()
         if trainer.m > 1:
             loss = loss + ((q_walk - y_walk) ** 2).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
-        with torch.no_grad():
-            for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
-                slow.lerp_(fast, config.tau)
+        if config.algo != "fqi":
+            with torch.no_grad():
+                for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
+                    slow.lerp_(fast, config.tau)
     policy = snapshot()
     checkpoints.append((on_held_out(network, policy)[0]["speedup"], policy))
     best = max(checkpoints, key=lambda pair: pair[0])[1]
@@ -502,7 +523,7 @@ def _train(
     return TrainResult(best, checkpoints, history, on_training(network, best)[0]["speedup"])
 
 
-def _use_contexts(trainer: _Trainer, contexts: tuple[np.ndarray, np.ndarray]) -> Tensor:
+def _use_contexts(trainer: EpisodeArrays, contexts: tuple[np.ndarray, np.ndarray]) -> Tensor:
     """Give every start the averages of the round before it; return the starts that were visited."""
     e = trainer.e
     filled: list[Any] = []
