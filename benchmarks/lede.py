@@ -1,6 +1,6 @@
 """LEDE: which design of the policy is worth what, and speed in real decoding beside peers.
 
-Run with ``nox -s bench -- lede``. Sections (``--sections policy,speed,collection``):
+Run with ``nox -s bench -- lede``. Sections (``--sections policy,speed,batch,collection``):
 
 - ``policy``: the demo's model and prompts, some seeds. Each design is trained on the same
   experience; its mode is chosen on validation prompts; counted cost on test prompts. What was
@@ -11,11 +11,15 @@ Run with ``nox -s bench -- lede``. Sections (``--sections policy,speed,collectio
   host for every draft), and a learned policy. The static pair also compiled, beside our compiled
   loop without drafts; the other loops grow their caches and so have no fixed shapes to compile.
   ``--clock cpu`` counts processor seconds, for a machine that others use too.
+- ``batch``: the same synthetic Llama at 1, 2, 4, 8 and 16 prompts at once: a static pair and
+  drafting by confidence beside ``generate``. Rows accept differently, and verifying many tokens
+  costs more, so that the gain falls.
 - ``collection``: batched experience with continuations beside one-by-one roll-outs.
 """
 
 import argparse
 import dataclasses
+import inspect
 import statistics
 import time
 from pathlib import Path
@@ -27,7 +31,7 @@ from torch import Tensor
 
 import lede
 from lede import demo
-from lede.bench import bench, generate_with, speedups, usual_contenders
+from lede.bench import bench, generate_with, plain, speedups, usual_contenders
 from lede.qpolicy import PROBE_FEATURES, PROBE_STATE, STATE_FEATURES
 from lede.testing import synthetic_llama
 from shared_core.device import environment, select_device
@@ -135,6 +139,9 @@ class TupleCache:
 def layerskip_style(model: Any, exit_layer: int, drafts: int, new: int) -> Any:
     """A loop in the manner of LayerSkip's (restated, no code of it)."""
     base, layers = model.model, model.model.layers
+    # transformers 5.24 renamed the argument, and the old name costs a wrapper around every layer.
+    names = inspect.signature(type(layers[0]).forward).parameters
+    cache_name = "cache" if "cache" in names else "past_key_values"
 
     def run(hidden: Tensor, first: int, last: int, start: int, cache: TupleCache) -> Tensor:
         width = hidden.shape[1]
@@ -150,7 +157,7 @@ def layerskip_style(model: Any, exit_layer: int, drafts: int, new: int) -> Any:
                 attention_mask=mask,
                 position_ids=positions,
                 position_embeddings=rotary,
-                past_key_values=cache,
+                **{cache_name: cache},
             )
         return hidden
 
@@ -269,6 +276,33 @@ def speed(
     }
 
 
+def batches(
+    device: torch.device, width: int, repeats: int, short: bool, clock: str
+) -> dict[str, Any]:
+    model = synthetic_llama(
+        layers=12, hidden=width, vocab=2048, knee=4, acceptance=0.9, device=device
+    )
+    decoder = lede.SelfSpeculativeDecoder(model, (4,), max_draft=12)
+    ids = torch.randint(1, 2048, (48, 32), generator=torch.Generator().manual_seed(1)).to(device)
+    settings = {"do_sample": False, "max_new_tokens": 24 if short else 64, "pad_token_id": 0}
+    contenders = {
+        "generate": plain(model, **settings),
+        "no drafts": generate_with(decoder, lede.AutoregressivePolicy(), **settings),
+        "static 4,4": generate_with(decoder, lede.StaticPolicy(4, 4), **settings),
+        "threshold 4,0.4": generate_with(decoder, lede.ConfidencePolicy(4, 0.4), **settings),
+    }
+    found = {}
+    for size in (1, 2) if short else (1, 2, 4, 8, 16):
+        prompts = list(ids[: 3 * size].split(size))
+        timer = time.process_time if clock == "cpu" else time.perf_counter
+        one = bench(contenders, prompts, device, repeats=repeats, reference="generate", clock=timer)
+        result = speedups(one, "generate")
+        for values in result.values():
+            values["tokens_per_second"] *= size
+        found[str(size)] = result
+    return {"width": width, "clock": clock, "batch_sizes": found}
+
+
 def collection(short: bool) -> dict[str, Any]:
     model = synthetic_llama(layers=8, hidden=128, vocab=512, knee=3, acceptance=0.85)
     decoder = lede.SelfSpeculativeDecoder(model, (1, 3, 5), max_draft=12)
@@ -294,7 +328,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--sections", default="policy,speed,collection")
+    parser.add_argument("--sections", default="policy,speed,batch,collection")
     parser.add_argument("--widths", default="128,256", help="Of the models of section speed.")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--small", action="store_true", help="The model of demo --quick.")
@@ -311,6 +345,13 @@ def main() -> None:
             f"width {w}": speed(device, w, options.repeats, options.short, options.clock)
             for w in map(int, options.widths.split(","))
         },
+        "batch": lambda: batches(
+            device,
+            int(options.widths.split(",")[-1]),
+            options.repeats,
+            options.short,
+            options.clock,
+        ),
         "collection": lambda: collection(options.short),
     }
     for name in wanted:

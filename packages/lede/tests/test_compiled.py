@@ -105,6 +105,42 @@ def test_a_longer_call_makes_a_larger_cache_and_custom_generate_keeps_the_graphs
     assert made[0] == made[1] < made[2]
 
 
+def test_a_changed_model_is_compiled_anew() -> None:
+    """Calls do not look at the model; each generation does: at weights, hooks, dtype, autocast."""
+    model = tiny_model(layers=2)
+    decoder = SelfSpeculativeDecoder(model, (1,), max_draft=2, compile="eager")
+    ids = torch.randint(1, 64, (1, 4), generator=torch.Generator().manual_seed(1))
+    policy = StaticPolicy(1, 2)
+
+    def tokens() -> list[int]:
+        same(model, decoder, ids, policy=policy)
+        found = decoder.generate(ids, policy=policy, max_new_tokens=12, pad_token_id=0)
+        assert decoder.compiled is not None
+        made.append(decoder.compiled.graphs)
+        return found.sequences[0].tolist()
+
+    made: list[int] = []
+    mlp = model.model.layers[1].mlp
+    seen = [tokens(), tokens()]
+    assert seen[0] == seen[1]
+    before = counters["stats"]["unique_graphs"]
+    mlp.down_proj.weight = torch.nn.Parameter(-mlp.down_proj.weight.detach())
+    seen.append(tokens())
+    assert counters["stats"]["unique_graphs"] > before
+    handle = mlp.register_forward_hook(lambda module, given, out: -out)
+    seen.append(tokens())
+    assert seen[3] == seen[0] != seen[2]
+    handle.remove()
+    assert tokens() == seen[2]
+    model.double()
+    tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = counters["stats"]["unique_graphs"]
+        decoder.generate(ids, policy=policy, max_new_tokens=3, pad_token_id=0)
+        assert counters["stats"]["unique_graphs"] > before
+    assert max(made) <= 8
+
+
 def test_refusals() -> None:
     from accelerate import dispatch_model
 

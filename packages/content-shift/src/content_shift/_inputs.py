@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from content_shift.bucket import FeatureSpec, load_specs
 from content_shift.recipe import Recipe
@@ -16,29 +13,6 @@ from content_shift.techniques import CFG, ControlNet, LoRA, Prompt
 from diffeat import FeatureExtractor
 from shared_core.device import select_dtype
 from shared_core.errors import InputError
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-def read_images(source: Path) -> list[tuple[str, Image.Image]]:
-    """Named images of a folder, or one image.
-
-    Raises:
-        InputError: If there are none, or one cannot be read.
-    """
-    files = [source] if source.is_file() else sorted(source.rglob("*")) if source.is_dir() else []
-    files = [f for f in files if f.suffix.lower() in SUFFIXES]
-    if not files:
-        raise InputError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))})")
-    found = []
-    for file in files:
-        name = file.name if source.is_file() else file.relative_to(source).as_posix()
-        try:
-            with Image.open(file) as image:
-                found.append((name, image.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"{file} cannot be read as an image: {error}") from error
-    return found
 
 
 def open_extractor(
@@ -123,24 +97,3 @@ def read_captions(file: Path, names: Sequence[str]) -> list[list[str]]:
     if missing or not isinstance(content, dict):
         raise InputError(f"{file} holds no caption for {', '.join(missing[:3]) or 'the images'}")
     return [[c] if isinstance(c, str) else list(c) for c in (content[n] for n in names)]
-
-
-def read_labels(folder: Path, names: Sequence[str], side: int | None) -> dict[str, Tensor]:
-    """Label PNGs by the names of their images.
-
-    Raises:
-        InputError: If one is missing or has several channels.
-    """
-    found = {}
-    for name in names:
-        file = (folder / name).with_suffix(".png")
-        if not file.is_file():
-            raise InputError(f"there is no label map {file} for the image {name}")
-        with Image.open(file) as opened:
-            image: Image.Image = opened
-            if image.mode not in ("L", "P", "I;16", "I"):
-                raise InputError(f"{file} is {image.mode}; accepted: one channel of class numbers")
-            if side is not None:
-                image = image.resize((side, side), Image.Resampling.NEAREST)
-            found[name] = torch.from_numpy(np.array(image).astype("int64"))
-    return found

@@ -114,11 +114,12 @@ def gate(
     as_json: Json = False,
 ) -> None:
     """Score techniques on your images before you integrate them: eq. 2, and reconstruction gain."""
-    from content_shift._inputs import open_extractor, read_images, techniques_from
+    from content_shift._inputs import open_extractor, techniques_from
     from content_shift.gate import evaluate
+    from shared_core.data.folders import named_images
     from shared_core.device import select_device
 
-    samples = read_images(source)
+    samples = named_images(source)
     every = techniques_from(prompts or [], control, preprocess, scale, loras or [], cfg, recipe)
     fx = open_extractor(model, layers, select_device(device), dtype, size)
     run = _run(out, "gate", {"model": model, "t": t, "techniques": {k: repr(r) for k, r in
@@ -167,11 +168,12 @@ def img2img_(
     as_json: Json = False,
 ) -> None:
     """Repaint images strongly with and without each technique: who stays closer to the input?"""
-    from content_shift._inputs import open_extractor, read_images, techniques_from
+    from content_shift._inputs import open_extractor, techniques_from
     from content_shift.gate import img2img
+    from shared_core.data.folders import named_images
     from shared_core.device import select_device
 
-    samples = read_images(source)[:images]
+    samples = named_images(source)[:images]
     every = techniques_from(prompts or [], control, preprocess, scale, loras or [], cfg, recipe)
     fx = open_extractor(model, "unet-out", select_device(device), dtype, size)
     run = _run(out, "img2img", {"model": model, "strength": strength, "steps": steps})
@@ -222,11 +224,12 @@ def extract(
 
     Several GPUs: torchrun --nproc-per-node 4 -m content_shift.cli extract … ; each takes its share.
     """
-    from content_shift._inputs import features_from, open_extractor, read_images
+    from content_shift._inputs import features_from, open_extractor
     from content_shift.bucket import extract_bucket
+    from shared_core.data.folders import named_images
     from shared_core.parallel import launched
 
-    samples = read_images(source)
+    samples = named_images(source)
     specs = features_from(recipe, loras or [], control, topology, pre_denoise, skip_missing)
     here = launched(device)
     fx = open_extractor(model, layers, here.device, dtype, size)
@@ -267,12 +270,13 @@ def train_lora_(
     as_json: Json = False,
 ) -> None:
     """Train a LoRA of your images' style; diffusers loads the result. Also under torchrun."""
-    from content_shift._inputs import open_extractor, read_captions, read_images
+    from content_shift._inputs import open_extractor, read_captions
     from content_shift.lora import train_lora
+    from shared_core.data.folders import named_images
     from shared_core.device import select_dtype
     from shared_core.parallel import join_processes
 
-    samples = read_images(source)[:limit]
+    samples = named_images(source)[:limit]
     words: Any = [""] if captions is None else read_captions(captions, [n for n, _ in samples])
     folder = out or Path("runs/content-shift/train-lora")
     with join_processes(device) as here:
@@ -319,11 +323,12 @@ def train_control_(
     as_json: Json = False,
 ) -> None:
     """Train a ControlNet for a model of your own, on your images' edges. Also under torchrun."""
-    from content_shift._inputs import open_extractor, read_captions, read_images
+    from content_shift._inputs import open_extractor, read_captions
     from content_shift.train_control import train_control
+    from shared_core.data.folders import named_images
     from shared_core.parallel import join_processes
 
-    samples = read_images(source)
+    samples = named_images(source)
     words = None
     if captions is not None:
         words = [c[0] for c in read_captions(captions, [n for n, _ in samples])]
@@ -421,15 +426,19 @@ def amalgamate(
         ]
         text = f"{format_table(rows)}\n\nPCK@0.1 on {val_split}, in per cent"
     else:
-        from content_shift._inputs import read_labels
+        import torch
+
         from content_shift.segmentation import train_segmentation
+        from shared_core.data.folders import label_maps
 
         if labels is None:
             raise InputError("--task segmentation wants --labels")
         names = list(found_bucket)
         cut = round(len(names) * (1 - test_share))
+        size = None if label_side is None else (label_side, label_side)
+        maps = {n: torch.from_numpy(m) for n, m in label_maps(labels, names, size).items()}
         found = train_segmentation(
-            found_bucket, read_labels(labels, names, label_side), names[:cut], names[cut:],
+            found_bucket, maps, names[:cut], names[cut:],
             classes=classes, networks=networks, epochs=epochs, **common,
         )  # fmt: skip
         text = f"mIoU {found['miou']:.4f}"
@@ -456,13 +465,13 @@ def caption(
     import numpy as np
     import torch
 
-    from content_shift._inputs import read_images
     from content_shift.caption import Captioner
     from content_shift.presets import CAPTIONER
+    from shared_core.data.folders import named_images
     from shared_core.device import select_device, select_dtype
     from shared_core.run import progress, write_json
 
-    samples = read_images(source)
+    samples = named_images(source)
     chosen = select_device(device)
     captioner = Captioner(
         model or CAPTIONER, prompt=beginning, device=chosen, dtype=select_dtype(dtype, chosen)

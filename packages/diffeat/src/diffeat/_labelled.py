@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared_core.data.folders import label_maps
 from shared_core.errors import InputError
 
 LabelledImages = tuple[Tensor, Tensor]
@@ -38,24 +39,10 @@ def load_labelled(
     Raises:
         InputError: If a label map is missing or either set would be empty.
     """
-    import numpy as np
-    from PIL import Image
-
-    maps = []
-    for name, _ in samples:
-        file = (folder / name).with_suffix(".png")
-        if not file.is_file():
-            raise InputError(f"there is no label map {file} for the image {name}")
-        with Image.open(file) as opened:
-            image: Image.Image = opened
-            if image.mode not in ("L", "P", "I;16", "I"):
-                raise InputError(f"{file} is {image.mode}; accepted: one channel of class numbers")
-            size = fx.size and (fx.size[1], fx.size[0])
-            image = image.resize(size, Image.Resampling.NEAREST) if size else image
-            maps.append(torch.from_numpy(np.array(image).astype("int64")))
+    maps = label_maps(folder, [name for name, _ in samples], fx.size)
     cut = round(len(samples) * (1 - test_share))
     if not 0 < cut < len(samples):
         raise InputError(f"--test-share {test_share} of {len(samples)} images leaves an empty set")
     pixels = ((fx.pixels([image for _, image in samples]) + 1) * 127.5).round().to(torch.uint8)
-    labels = torch.stack(maps)
+    labels = torch.stack([torch.from_numpy(map_) for map_ in maps.values()])
     return (pixels[:cut], labels[:cut]), (pixels[cut:], labels[cut:])

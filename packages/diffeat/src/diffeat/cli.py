@@ -58,26 +58,6 @@ Offload = Annotated[
     typer.Option("--offload", help="model, sequential or group: weights wait on the CPU."),
 ]
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-def _images(source: Path) -> list[tuple[str, Any]]:
-    from PIL import Image, UnidentifiedImageError
-
-    files = [source] if source.is_file() else sorted(source.rglob("*")) if source.is_dir() else []
-    files = [f for f in files if f.suffix.lower() in SUFFIXES]
-    if not files:
-        raise InputError(f"--input {source} holds no images ({', '.join(sorted(SUFFIXES))})")
-    found = []
-    for file in files:
-        name = file.name if source.is_file() else file.relative_to(source).as_posix()
-        try:
-            with Image.open(file) as image:
-                found.append((name, image.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"{file} cannot be read as an image: {error}") from error
-    return found
-
 
 def _extractor(
     model: str | None,
@@ -205,9 +185,10 @@ def extract(
     Several GPUs: torchrun --nproc-per-node 4 -m diffeat.cli extract … ; each takes its share.
     """
     from diffeat.cache import extract_to_disk
+    from shared_core.data.folders import named_images
     from shared_core.parallel import launched
 
-    samples = _images(source)
+    samples = named_images(source)
     if prompt_file is not None:
         try:
             prompt = prompt_file.read_text(encoding="utf-8").strip()
@@ -244,9 +225,10 @@ def visualize(
     """Draw the first principal components of activations."""
     from diffeat.measure import pca_image
     from diffeat.plots import plot_pca
+    from shared_core.data.folders import named_images
     from shared_core.run import RunFolder
 
-    samples = _images(source)[:images]
+    samples = named_images(source)[:images]
     fx = _extractor(model, layers, device, dtype, size)
     pictures, options = [image for _, image in samples], _call_options(layers, t)
     found = fx(pictures, prompt, seed=seed, ids=[name for name, _ in samples], **options)
@@ -275,10 +257,11 @@ def measure(
     """Measure noise, granularity and locality of every activation, without labels."""
     from diffeat.demo import measure_depth
     from diffeat.plots import plot_depth
+    from shared_core.data.folders import named_images
     from shared_core.run import RunFolder
 
     fx = _extractor(model, "unet-out", device, dtype, size)
-    images = [i for _, i in _images(source)]
+    images = [i for _, i in named_images(source)]
     rows = measure_depth(fx, images, t, seed=seed, prompt=prompt, batch_size=batch_size)
     run = RunFolder(out or Path("runs/diffeat/measure"))
     run.write_config("diffeat measure", {"model": model, "t": t, "seed": seed})
@@ -303,7 +286,7 @@ def demo(
 ) -> None:
     """Train small diffusion U-Nets on shapes, measure all their activations and rank them.
 
-    Three seeds, each with a process of its own, or one with --quick. Nothing is downloaded. The
+    Two seeds, each with a process of its own, or one with --quick. Nothing is downloaded. The
     first model stays in OUT/backbone for the other commands.
     """
     import time
@@ -389,10 +372,11 @@ def rank(
     from diffeat.plots import plot_ranking
     from diffeat.ranking import load_labelled
     from diffeat.ranking import rank as run_ranking
+    from shared_core.data.folders import named_images
     from shared_core.run import RunFolder
 
     fx = _extractor(model, "unet-out", device, dtype, size)
-    train, test = load_labelled(_images(images), labels, fx, test_share)
+    train, test = load_labelled(named_images(images), labels, fx, test_share)
     rows = run_ranking(
         fx, train, test, classes=classes, candidates=candidates, timesteps=[t], prompt=prompt,
         batch_size=batch_size, components=components, seed=seed,
@@ -443,12 +427,13 @@ def probe(
     """
     from diffeat.evaluate import segment
     from diffeat.ranking import load_labelled
+    from shared_core.data.folders import named_images
     from shared_core.run import RunFolder, progress
 
     if kind not in ("mlp", "ridge", "head"):
         raise InputError(f"--probe {kind}; accepted: mlp, ridge, head")
     fx = _extractor(model, layers, device, dtype, size, offload)
-    train, test = load_labelled(_images(images), labels, fx, test_share)
+    train, test = load_labelled(named_images(images), labels, fx, test_share)
     run = RunFolder(out or Path("runs/diffeat/probe"), resume=resume)
     options = _call_options(layers, t)
     run.write_config("diffeat probe", {"model": model, "layers": list(fx.layers), **options})

@@ -69,11 +69,11 @@ class DemoSettings:
         components: Principal components of the equal-width comparison.
     """
 
-    seeds: int = 3
+    seeds: int = 2
     images: int = 1500
     steps: int = 300
-    batch_size: int = 8
-    lr: float = 2e-3
+    batch_size: int = 16
+    lr: float = 3e-3
     drop: float = 0.3
     train: int = 100
     test: int = 60

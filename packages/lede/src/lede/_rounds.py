@@ -99,6 +99,7 @@ class Rounds:
         self.last_accepted = np.zeros(rows)
         self.tokens_made = 0
         self._told: list[np.ndarray] = []  # a row per round, as `Round`
+        runner.prepare()
         capacity = max_length + max_draft + 1
         self.cache = (
             runner.cache(rows, capacity)
@@ -108,7 +109,6 @@ class Rounds:
         self._shadow: dict[int, list[Tensor]] = {}
         self._unseen = np.full((rows, 3), np.nan)
         policy.reset(rows, self.exits, runner.depth, max_draft)
-        runner.prepare()
         if width > 1:
             head = prompt[:, :-1].to(runner.device)
             frame = runner.frame(np.zeros(rows, dtype=np.int64), width - 1, padding, self.cache)

@@ -9,6 +9,7 @@ decoded at a batch size. Only DEL, which looks at the candidates on the way, add
 them: (m - 1) b.
 """
 
+import contextlib
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,6 +70,39 @@ class CompiledRunner:
         self.buckets = (*(w for w in WIDTHS if w <= max_draft), max_draft + 1)
         self._caches: dict[int, RaggedCache] = {}
         self._compiled: dict[Any, Callable[..., Tensor]] = {}
+        self._called: set[Callable[..., Tensor]] = set()
+        self._made_for: tuple[Any, ...] = ()
+
+    def prepare(self) -> None:
+        """Forget graphs and caches if the model, or a global setting of torch, has changed.
+
+        Asked once a generation, so that it need not be asked at every call (see `_call`).
+        """
+        self._runner.prepare()
+        made_for = self._signature()
+        if made_for != self._made_for:
+            self._compiled.clear()
+            self._called.clear()
+            self._caches.clear()  # their dtype is the model's
+            self._made_for = made_for
+
+    def _signature(self) -> tuple[Any, ...]:
+        kind = self._runner.device.type
+        modules = list(self._runner.model.modules())
+        return (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(kind),
+            torch.get_autocast_dtype(kind),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            [(id(p), p.dtype, p.device, p.shape) for p in self._runner.model.parameters()],
+            [
+                (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+                for m in modules
+            ],
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -127,6 +161,8 @@ class CompiledRunner:
 
     def warm_up(self, rows: int, length: int) -> None:
         """Compile everything that rounds of `rows` rows and up to `length` tokens can need."""
+        with torch.no_grad():
+            self.prepare()
         cache, depth = self.cache(rows, length), self._runner.depth
         nothing = np.zeros(rows, dtype=np.int64)
         with torch.no_grad():
@@ -194,10 +230,26 @@ class CompiledRunner:
         return compiled
 
     def _call(self, compiled: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        if self._runner.device.type != "cuda":
-            return compiled(*inputs)
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return compiled(*inputs).clone()  # the next replay would overwrite it
+        """Run a graph, after its first call without asking whether it still fits.
+
+        Asking means looking at every weight. Older versions of torch always ask.
+        """
+        known = compiled in self._called
+        self._called.add(compiled)
+        with _trusting() if known else contextlib.nullcontext():
+            if self._runner.device.type != "cuda":
+                return compiled(*inputs)
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return compiled(*inputs).clone()  # the next replay would overwrite it
+
+
+def _trusting() -> contextlib.AbstractContextManager[Any]:
+    stance: Any = torch.compiler.set_stance
+    try:
+        found: contextlib.AbstractContextManager[Any] = stance(skip_guard_eval_unsafe=True)
+    except TypeError:
+        return contextlib.nullcontext()
+    return found
 
 
 def _widened(hidden: Tensor, bucket: int) -> Tensor:

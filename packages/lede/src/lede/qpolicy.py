@@ -7,8 +7,9 @@ candidate, as Q = V ± A / 2.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,47 +73,74 @@ class StateSpec:
         if unknown:
             raise InputError(f"unknown features {unknown}; accepted: {', '.join(known)}")
 
-    @property
+    @cached_property
     def needs_head(self) -> bool:
         """Whether a feature is one of the distribution."""
         return bool(HEAD_FEATURES & set(self.names))
 
-    @property
+    @cached_property
     def needs_probe(self) -> bool:
         """Whether a feature is the probe's."""
         return bool(set(PROBE_FEATURES) & set(self.names))
 
     def states(self, phase: int, seen: Observation, depth: int, max_draft: int) -> np.ndarray:
         """State vectors, float32 [R, F], of observations in one phase."""
-        joint = seen.prefix * seen.p1
-        values = {
-            "phase": np.full(len(seen.p1), float(phase)),
-            "layer": seen.layer / depth,
-            "index": seen.index / max_draft,
-            "p1": seen.p1,
-            "margin": seen.margin,
-            "entropy": seen.entropy,
-            "agree": seen.agree,
-            "ema": seen.ema,
-            "prefix": seen.prefix,
-            "log_doubt": np.log(np.maximum(1 - seen.p1, 1e-4)) / 9.2,
-            "last_accepted": seen.last_accepted,
-            "joint": joint,
-            "log_joint": np.log(np.maximum(joint, 1e-4)) / 9.2,
-        }
-        if self.needs_probe:
-            if seen.probe is None or seen.chain is None:
-                raise PolicyMismatchError("the policy's features need a probe of hidden states")
-            right = chance(seen.probe[:, 0])
-            chain = seen.chain * right
-            values |= {
-                "chance": right,
-                "log_odds": np.clip(seen.probe[:, 0], -8, 8) / 8,
-                "reach": chance(seen.probe[:, 1]),
-                "chain": chain,
-                "log_chain": np.log(np.maximum(chain, 1e-4)) / 9.2,
-            }
-        return np.stack([values[name] for name in self.names], -1).astype(np.float32)
+        if self.needs_probe and (seen.probe is None or seen.chain is None):
+            raise PolicyMismatchError("the policy's features need a probe of hidden states")
+        sight = _Sight(phase, seen, depth, max_draft)
+        out = np.empty((len(seen.layer), len(self.names)), dtype=np.float32)
+        for column, name in enumerate(self.names):
+            out[:, column] = _FEATURES[name](sight)
+        return out
+
+
+@dataclass
+class _Sight:
+    """An observation, and what several features are made of; each computed when asked for."""
+
+    phase: int
+    seen: Any
+    depth: int
+    max_draft: int
+
+    @cached_property
+    def joint(self) -> Any:
+        return self.seen.prefix * self.seen.p1
+
+    @cached_property
+    def right(self) -> Any:
+        return chance(self.seen.probe[:, 0])
+
+    @cached_property
+    def chain(self) -> Any:
+        return self.seen.chain * self.right
+
+
+def _log(probability: np.ndarray) -> Any:
+    """Logarithm of a probability, 0 to -1."""
+    return np.log(np.maximum(probability, 1e-4)) / 9.2
+
+
+_FEATURES: dict[str, Callable[[_Sight], Any]] = {
+    "phase": lambda s: s.phase,
+    "layer": lambda s: s.seen.layer / s.depth,
+    "index": lambda s: s.seen.index / s.max_draft,
+    "p1": lambda s: s.seen.p1,
+    "margin": lambda s: s.seen.margin,
+    "entropy": lambda s: s.seen.entropy,
+    "agree": lambda s: s.seen.agree,
+    "ema": lambda s: s.seen.ema,
+    "prefix": lambda s: s.seen.prefix,
+    "log_doubt": lambda s: _log(1 - s.seen.p1),
+    "last_accepted": lambda s: s.seen.last_accepted,
+    "joint": lambda s: s.joint,
+    "log_joint": lambda s: _log(s.joint),
+    "chance": lambda s: s.right,
+    "log_odds": lambda s: np.clip(s.seen.probe[:, 0], -8, 8) / 8,
+    "reach": lambda s: chance(s.seen.probe[:, 1]),
+    "chain": lambda s: s.chain,
+    "log_chain": lambda s: _log(s.chain),
+}
 
 
 class QPolicy(AutoregressivePolicy):
@@ -211,15 +239,19 @@ class QPolicy(AutoregressivePolicy):
 
     def q_values(self, phase: int, seen: Observation) -> np.ndarray:
         """Q of both actions, [R, 2]."""
+        value, advantage = self._value_advantage(phase, seen)
+        both: np.ndarray = np.stack([value - advantage / 2, value + advantage / 2], 1)
+        return both
+
+    def _value_advantage(self, phase: int, seen: Observation) -> tuple[np.ndarray, np.ndarray]:
         x = self.spec.states(phase, seen, self.depth, self.longest)
         w = self.weights
         x = np.maximum(x @ w["w1"] + w["b1"], 0)
         x = np.maximum(x @ w["w2"] + w["b2"], 0)
         out = (x @ w["w3"] + w["b3"]).reshape(len(x), len(self.exits), 2, 2)
         candidate = [self._index[int(layer)] for layer in seen.layer]
-        value, advantage = out[np.arange(len(x)), candidate, phase].T
-        both: np.ndarray = np.stack([value - advantage / 2, value + advantage / 2], 1)
-        return both
+        chosen = out[np.arange(len(x)), candidate, phase]
+        return chosen[:, 0], chosen[:, 1]
 
     def reset(self, rows: int, exits: Sequence[int], depth: int, max_draft: int) -> None:
         """Begin `rows` sequences.
@@ -247,9 +279,7 @@ class QPolicy(AutoregressivePolicy):
             return np.full(len(layer), -1.0)
         if int(layer[0]) == self.active[-1]:
             return np.ones(len(layer))
-        q = self.q_values(WALK, observation)
-        gain: np.ndarray = q[:, 1] - q[:, 0]
-        return gain
+        return self._value_advantage(WALK, observation)[1]
 
     def max_drafts(self, rows: np.ndarray, layer: np.ndarray) -> np.ndarray:
         """`num_draft` in ``exit_only``, else the longest."""
@@ -257,9 +287,7 @@ class QPolicy(AutoregressivePolicy):
 
     def keep_drafting(self, observation: Observation) -> np.ndarray:
         """Q(draft on) - Q(stop)."""
-        q = self.q_values(DRAFT, observation)
-        gain: np.ndarray = q[:, 0] - q[:, 1]
-        return gain
+        return -self._value_advantage(DRAFT, observation)[1]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``policy.safetensors`` and ``policy.json``."""
