@@ -63,3 +63,13 @@ def test_a_probe_on_diffusion_features_has_a_long_tail() -> None:
         assert found["all"] > 2 / 9  # twice a guess
     # 1.4 points above where it was measured, one seed; no worse by as much elsewhere.
     assert accuracy["Focal-SAM"]["all"] > accuracy["SGD"]["all"] - 0.015
+
+
+def test_control_makes_features_follow_the_image() -> None:
+    names = run("features-that-follow-the-image")
+    gain, miou = names["gain"], names["miou"]
+    other = "control of another image"
+    assert gain["none"] == 0
+    # 0.21 dB between them where it was measured.
+    assert gain["control"] > gain[other] + 0.1
+    assert miou["control"] > max(miou["none"], miou[other])
